@@ -1,0 +1,165 @@
+"""Settings of the data path: where samples come from, in which order, and how they become arrays.
+
+These classes live beside the code that they configure; `pretrain.config` composes them into the one YAML file of a run.
+Sizes are in the unit of their name. Image geometry is fixed here and read by the model, so that loader, model and
+exported processor cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Settings(BaseModel):
+    """Base of every settings class: strict types, no unknown keys, checked again on assignment."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
+
+
+class SourceConfig(Settings):
+    """One dataset folder in a mixture."""
+
+    path: str = Field(description="Dataset folder (the one that holds dataset.json).")
+    weight: float = Field(1.0, gt=0, description="Share of the mixture, relative to the other sources.")
+
+
+class BuildConfig(Settings):
+    """One dataset that a run builds before it starts, unless it is there already."""
+
+    source: str = Field(description="Manifest file (.csv, .jsonl, .parquet) or the embedded source `digits`.")
+    out: str = Field(description="Dataset folder to write.")
+    split: str | None = Field(None, description="Keep only the rows whose `split` column has this value.")
+    shard_size: PositiveInt = Field(1000, description="Samples a shard.")
+
+
+class ImageConfig(Settings):
+    """Images: decoded to RGB, resized, cut into patches of uint8.
+
+    With `size` null the aspect ratio is kept and the image is resized to the largest grid that fits `max_soft_tokens`
+    (what Gemma4's own image processor does). With `size` set every image becomes a square of that many pixels.
+    """
+
+    size: PositiveInt | None = Field(None, description="Side of a fixed square in pixels; null keeps the aspect ratio.")
+    patch_size: PositiveInt = Field(16, description="Side of one patch in pixels.")
+    pooling: PositiveInt = Field(3, description="pooling x pooling patches become one soft token.")
+    max_soft_tokens: Literal[70, 140, 280, 560, 1120] = Field(70, description="Most soft tokens one image may take.")
+    max_pixels: PositiveInt = Field(64_000_000, description="An image that declares more is refused unread.")
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> ImageConfig:
+        cell = self.patch_size * self.pooling
+        if self.size is not None and self.size % cell:
+            raise ValueError(f"size {self.size} is not a multiple of patch_size x pooling = {cell}")
+        if self.size is not None and (self.size // cell) ** 2 > self.max_soft_tokens:
+            raise ValueError(
+                f"size {self.size} gives {(self.size // cell) ** 2} soft tokens, more than max_soft_tokens "
+                f"{self.max_soft_tokens}: raise max_soft_tokens or pooling"
+            )
+        return self
+
+    @property
+    def max_patches(self) -> int:
+        """Patches an image may take: exactly (size / patch_size)**2, or the native budget."""
+        if self.size is not None:
+            return (self.size // self.patch_size) ** 2
+        return self.max_soft_tokens * self.pooling**2
+
+
+class AudioConfig(Settings):
+    """Sound: decoded to mono, resampled, shipped as int16; the log-mel is made on the training device."""
+
+    sampling_rate: PositiveInt = Field(16_000, description="Samples a second after resampling.")
+    max_seconds: float = Field(30.0, gt=0, description="Longer sounds are cut to this length.")
+    max_declared_seconds: float = Field(7200.0, gt=0, description="A file that declares more is refused unread.")
+    mel_bins: PositiveInt = Field(128, description="Mel filters.")
+    frame_ms: float = Field(20.0, gt=0, description="Length of an analysis window in milliseconds.")
+    hop_ms: float = Field(10.0, gt=0, description="Distance between two windows in milliseconds.")
+    min_frequency: float = Field(0.0, ge=0, description="Lowest mel frequency in hertz.")
+    max_frequency: float | None = Field(None, description="Highest mel frequency in hertz; null is half the rate.")
+    mel_mean: float = Field(0.0, description="Subtracted from every log-mel value.")
+    mel_std: float = Field(1.0, gt=0, description="Log-mel values are divided by this.")
+
+    @model_validator(mode="after")
+    def _band_is_not_empty(self) -> AudioConfig:
+        if self.top_frequency > self.sampling_rate / 2:
+            raise ValueError(f"max_frequency {self.top_frequency} is above half the sampling rate {self.sampling_rate}")
+        if self.min_frequency >= self.top_frequency:
+            raise ValueError(f"min_frequency {self.min_frequency} is not below max_frequency {self.top_frequency}")
+        return self
+
+    @property
+    def top_frequency(self) -> float:
+        """Highest mel frequency in hertz."""
+        return self.sampling_rate / 2 if self.max_frequency is None else self.max_frequency
+
+
+class TextConfig(Settings):
+    """Text: one tokenizer for captions, transcripts and prompts."""
+
+    tokenizer: str | None = Field(None, description="Local Hugging Face tokenizer folder; null trains a byte-level BPE.")
+    vocab_size: PositiveInt = Field(2048, description="Entries of the trained BPE, special tokens included.")
+    max_tokens: PositiveInt = Field(128, description="Longer texts are cut to this many tokens.")
+    max_bytes: PositiveInt = Field(1_000_000, description="A longer text is refused.")
+
+
+class AugmentConfig(Settings):
+    """Random changes to training samples, drawn from (seed, epoch, index): the same for any number of workers."""
+
+    image_shift: Fraction = Field(0.0, description="Largest shift, as a share of the side.")
+    image_scale: Fraction = Field(0.0, description="Largest relative change of size.")
+    image_rotate: float = Field(0.0, ge=0, le=180, description="Largest rotation in degrees.")
+    image_crop: Fraction = Field(1.0, gt=0, description="Smallest share of the area that a random crop keeps.")
+    image_flip: Fraction = Field(0.0, description="Chance of a horizontal flip.")
+    image_noise: Fraction = Field(0.0, description="Largest standard deviation of Gaussian noise, 1 = full scale.")
+    audio_speed: Fraction = Field(0.0, description="Largest relative change of speed (and pitch).")
+    audio_shift_seconds: float = Field(0.0, ge=0, description="Most silence put before the sound.")
+    audio_gain_db: float = Field(0.0, ge=0, description="Largest change of loudness.")
+    audio_noise: Fraction = Field(0.0, description="Largest level of added noise relative to the sound's RMS.")
+    audio_tilt_db: float = Field(0.0, ge=0, description="Largest spectral tilt over the band, up or down.")
+    mel_warp: Fraction = Field(0.0, description="Largest relative warp of the mel axis (another vocal tract).")
+    mel_time_masks: int = Field(0, ge=0, description="SpecAugment: time masks a sound.")
+    mel_time_mask_share: Fraction = Field(0.1, description="Longest time mask, as a share of the sound.")
+    mel_frequency_masks: int = Field(0, ge=0, description="SpecAugment: frequency masks a sound.")
+    mel_frequency_mask_share: Fraction = Field(0.1, description="Widest frequency mask, as a share of the band.")
+
+
+class DataConfig(Settings):
+    """Everything between dataset folders and batches."""
+
+    train: str | list[SourceConfig] = Field(description="Dataset folder, or a list of {path, weight}.")
+    eval: str | list[SourceConfig] | None = Field(None, description="Dataset folder for evaluation.")
+    build: list[BuildConfig] = Field(default_factory=list, description="Datasets to build first where absent.")
+    global_batch: PositiveInt = Field(64, description="Samples an optimizer step, over all ranks.")
+    micro_batch: PositiveInt | None = Field(None, description="Samples a rank a forward pass; null is the rank's share.")
+    num_workers: int = Field(2, ge=0, description="Loader workers a rank; 0 loads in the training process.")
+    worker_type: Literal["process", "thread"] = Field("process", description="What a worker is.")
+    prefetch: PositiveInt = Field(2, description="Batches that each worker keeps ready.")
+    num_streams: PositiveInt = Field(720, description="Canonical streams of the order.")
+    shuffle_block: PositiveInt = Field(65_536, description="Samples shuffled together within a stream.")
+    tail: Literal["wrap", "drop"] = Field(
+        "wrap", description="End of an epoch: go on into the next one within a batch, or drop the short batch."
+    )
+    max_bad_rate: Fraction = Field(0.01, description="Share of bad samples past which the run stops.")
+    max_bad_run: PositiveInt = Field(100, description="Bad samples in a row past which the run stops.")
+    pack_tokens: PositiveInt = Field(512, description="Tokens a packed row of the language model.")
+    image: ImageConfig = Field(default_factory=ImageConfig, description="Images.")
+    audio: AudioConfig = Field(default_factory=AudioConfig, description="Sound.")
+    text: TextConfig = Field(default_factory=TextConfig, description="Text.")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation of training samples.")
+
+    @property
+    def train_sources(self) -> list[SourceConfig]:
+        """`train` as a list, whichever way it was written."""
+        return [SourceConfig(path=self.train)] if isinstance(self.train, str) else list(self.train)
+
+    @property
+    def eval_sources(self) -> list[SourceConfig]:
+        """`eval` as a list; empty when there is none."""
+        if self.eval is None:
+            return []
+        return [SourceConfig(path=self.eval)] if isinstance(self.eval, str) else list(self.eval)

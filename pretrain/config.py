@@ -1,0 +1,173 @@
+"""Every setting of a run, typed, documented and validated, and the one function that reads them from YAML.
+
+`load_config(path, overrides)` is the only way in. What the fields mean stands in their `description`, which
+`triptych config` prints.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from data_pipelines.config import DataConfig, Fraction, PositiveInt, Settings
+
+PRESETS = ("tiny", "base", "large")
+
+
+class RunConfig(Settings):
+    """Where a run lives and what it is called."""
+
+    dir: str = Field(description="Run directory: everything that the run writes is under it.")
+    name: str = Field("triptych", description="Name for logs, reports and the model card.")
+    seed: int = Field(0, ge=0, description="Seed of the weights, the order, augmentation and masks.")
+    stop_before: str | None = Field(None, description="Stop this long before the job's time limit, for example `5m`.")
+
+
+class ModelConfig(Settings):
+    """The network. A preset fixes every size; `vision`, `audio` and `text` override single fields of it."""
+
+    preset: Literal["tiny", "base", "large"] = Field("tiny", description="Sizes: tiny 1.6 M, base 280 M, large 1.6 B.")
+    family: Literal["gemma4"] = Field("gemma4", description="Native transformers family of the backbone.")
+    init_from: str | None = Field(None, description="Local checkpoint folder of the same family to start from.")
+    text: dict[str, Any] = Field(default_factory=dict, description="Fields of the family's text config to override.")
+    vision: dict[str, Any] = Field(default_factory=dict, description="Fields of the vision config to override.")
+    audio: dict[str, Any] = Field(default_factory=dict, description="Fields of the audio config to override.")
+    embedding_size: PositiveInt | None = Field(None, description="Size of the joint embedding; null takes the preset's.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention of text and vision layers.")
+
+
+class LossesConfig(Settings):
+    """Weights of the losses; 0 switches one off."""
+
+    text: float = Field(1.0, ge=0, description="Next token of the caption or transcript.")
+    image: float = Field(0.0, ge=0, description="Masked patches.")
+    audio: float = Field(0.0, ge=0, description="Masked log-mel frames.")
+    action: float = Field(0.0, ge=0, description="Actions (a later modality; nothing produces it yet).")
+    align: float = Field(1.0, ge=0, description="Contrastive alignment of the modality pairs.")
+
+
+class ObjectivesConfig(Settings):
+    """How each loss is built."""
+
+    align: Literal["infonce", "siglip"] = Field("infonce", description="Contrastive loss.")
+    logit_scale: float = Field(14.285714, gt=0, le=100, description="Initial scale of the similarities (1 / temperature).")
+    label_smoothing: Fraction = Field(0.0, description="Smoothing of the InfoNCE targets against false negatives.")
+    image_mask_chance: Fraction = Field(0.5, description="Share of the images that are masked at all.")
+    image_mask_share: Fraction = Field(0.5, description="Share of the patches masked in such an image.")
+    audio_mask_chance: Fraction = Field(0.5, description="Share of the sounds that are masked at all.")
+    audio_mask_share: Fraction = Field(0.3, description="Share of the frames masked in such a sound.")
+    drop_image: Fraction = Field(0.2, description="Modality dropout: chance that a caption does not see its image.")
+    drop_audio: Fraction = Field(0.2, description="Modality dropout: chance that a caption does not see its sound.")
+
+
+class TrainConfig(Settings):
+    """The optimizer and its schedule."""
+
+    max_steps: PositiveInt = Field(1000, description="Optimizer steps of the whole run.")
+    warmup_steps: int = Field(100, ge=0, description="Steps of linear warm-up. Alignment stays at ln(batch) without it.")
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="Shape after the warm-up.")
+    decay_share: Fraction = Field(0.2, description="wsd: share of the run that the final decay takes.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    min_learning_rate_share: Fraction = Field(0.0, description="Final learning rate as a share of the peak.")
+    learning_rate_scale: dict[Literal["text", "vision", "audio", "heads"], float] = Field(
+        default_factory=dict, description="Factor on the learning rate of a part."
+    )
+    weight_decay: float = Field(0.05, ge=0, description="AdamW decay; none on norms, biases and scalars.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1.")
+    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW beta 2.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    clip_grad_norm: float = Field(1.0, ge=0, description="Largest norm of the whole gradient; 0 does not clip.")
+
+
+class EngineConfig(Settings):
+    """DeepSpeed. The DeepSpeed config is derived from this, with numbers."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Compute type; the optimizer state stays fp32.")
+    offload_optimizer: bool = Field(False, description="Keep the optimizer state in host memory (ZeRO 1 to 3).")
+    offload_parameters: bool = Field(False, description="Keep the parameters in host memory (ZeRO 3).")
+    bucket_mb: PositiveInt = Field(200, description="Size of a communication bucket in MB.")
+    collective_timeout_seconds: PositiveInt = Field(600, description="A collective that takes longer ends the run.")
+
+
+class CheckpointConfig(Settings):
+    """When to save and how many to keep. Every run saves at its end too."""
+
+    every_steps: PositiveInt = Field(1000, description="Steps between two checkpoints.")
+    keep_last: PositiveInt = Field(2, description="Checkpoints that stay.")
+
+
+class EvalConfig(Settings):
+    """Evaluation during the run and after it."""
+
+    every_steps: int = Field(0, ge=0, description="Steps between two evaluations; 0 evaluates at the end only.")
+    batch: PositiveInt = Field(128, description="Samples a forward pass.")
+    max_samples: PositiveInt | None = Field(None, description="Evaluate on this many samples at most.")
+    image_prompts: list[str] = Field(
+        default_factory=lambda: ["a picture of {}"], description="Class prompts for images; {} is the class name."
+    )
+    audio_prompts: list[str] = Field(
+        default_factory=lambda: ["the sound of {}"], description="Class prompts for sounds; {} is the class name."
+    )
+
+
+class LoggingConfig(Settings):
+    """What is shown and how often."""
+
+    every_steps: PositiveInt = Field(10, description="Steps between two lines on a plain terminal.")
+    tensorboard: bool = Field(True, description="Write TensorBoard files under the run directory.")
+
+
+class SupervisorConfig(Settings):
+    """The process that watches the ranks."""
+
+    hang_seconds: PositiveInt = Field(600, description="A rank without progress for this long is a hang.")
+    max_restarts: int = Field(0, ge=0, description="Restarts after a fault.")
+
+
+class SlurmConfig(Settings):
+    """What a job asks for."""
+
+    partition: str | None = Field(None, description="Partition.")
+    account: str | None = Field(None, description="Account.")
+    job_name: str = Field("triptych", description="Name of the job.")
+    time: str = Field("24:00:00", description="Time limit, as sbatch takes it.")
+
+
+class Config(Settings):
+    """The whole run."""
+
+    run: RunConfig = Field(description="Where the run lives.")
+    data: DataConfig = Field(description="Datasets, batches, decoding.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="The network.")
+    losses: LossesConfig = Field(default_factory=LossesConfig, description="Weights of the losses.")
+    objectives: ObjectivesConfig = Field(default_factory=ObjectivesConfig, description="How each loss is built.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="Optimizer and schedule.")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="DeepSpeed.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
+    evaluation: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Logs.")
+    supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig, description="Supervisor.")
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig, description="Slurm.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.losses.action > 0:
+            raise ValueError("losses.action: no action data or head exists yet; set it to 0")
+        if not any((self.losses.text, self.losses.image, self.losses.audio, self.losses.align)):
+            raise ValueError("losses: every weight is 0, so there is nothing to train")
+        if self.train.warmup_steps > self.train.max_steps:
+            raise ValueError(
+                f"train.warmup_steps {self.train.warmup_steps} is more than train.max_steps {self.train.max_steps}"
+            )
+        if self.engine.offload_parameters and self.engine.zero_stage != 3:
+            raise ValueError("engine.offload_parameters needs engine.zero_stage 3")
+        if self.engine.offload_optimizer and self.engine.zero_stage == 0:
+            raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+        if self.data.micro_batch is not None and self.data.global_batch % self.data.micro_batch:
+            raise ValueError(
+                f"data.global_batch {self.data.global_batch} is not a multiple of data.micro_batch {self.data.micro_batch}"
+            )
+        return self
