@@ -1,0 +1,48 @@
+# make demo    the whole way on the embedded data set, in minutes, on a CPU
+# make test    every test but the hours-long ones      make test-fast   those that start no second process group
+# make check   lint, format, types                     make docs        write the generated pages again
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# DeepSpeed and torch start a thread a core in every rank; two ranks on a small machine then fight for the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-fast check format docs clean
+
+demo: $(VENV)/.stamp
+	$(BIN)/triptych demo --out runs/demo
+
+test: $(VENV)/.stamp
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.stamp
+	$(BIN)/python -m pytest -m fast
+
+check: $(VENV)/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.stamp
+	$(BIN)/python -m launch.config_reference docs/config.md
+
+.venv: $(VENV)/.stamp
+
+# torch comes first and alone: the machine's index decides which build it is, and what needs it later takes what is
+# there. The stamp is last, so an interrupted set-up starts again.
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Triptych needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}. Say PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt setuptools wheel
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
