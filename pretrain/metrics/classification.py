@@ -1,6 +1,7 @@
 """Classification metrics from scores of samples against classes.
 
-A tie for the first place is a mistake, and so is NaN: guessing in the sample's favour would let a collapsed encoder score.
+A tie for the first place is a mistake, and so is NaN: guessing in the sample's favour would let a collapsed encoder
+score.
 """
 
 from __future__ import annotations

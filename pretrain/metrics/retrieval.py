@@ -16,6 +16,9 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
+# Queries scored at a time: a block of similarities with 100,000 candidates stays under a gigabyte.
+BLOCK = 1024
+
 
 def ranks(similarity: npt.ArrayLike, positive: npt.ArrayLike) -> Ints:
     """Rank of each query's best right answer, 1 = nothing wrong is as similar.
@@ -42,39 +45,52 @@ def ranks(similarity: npt.ArrayLike, positive: npt.ArrayLike) -> Ints:
     return 1 + ((wrong >= best[:, None]) & ~right).sum(axis=1, dtype=np.int64)
 
 
-def retrieval_scores(
-    similarity: npt.ArrayLike, positive: npt.ArrayLike, at: Sequence[int] = (1, 5, 10)
-) -> dict[str, float | int]:
-    """`R@k` for every k, `median_rank`, `num_queries` and `num_candidates` of one direction.
+def pair_ranks(query: npt.ArrayLike, candidate: npt.ArrayLike, of_query: Ints, of_candidate: Ints) -> Ints:
+    """Rank of each query's best right answer by the dot product, a block of queries at a time.
 
     Args:
-        similarity: float [Q, C], queries by candidates. For the other direction pass the transpose.
-        positive: bool [Q, C], as for `ranks`.
-        at: the k of R@k.
+        query: float [Q, E]; candidate: float [C, E].
+        of_query, of_candidate: int64 [P], the pairs that belong together, as rows of `query` and of `candidate`.
+
+    Returns:
+        int64 [Q].
     """
-    found = ranks(similarity, positive)
+    left, right = np.asarray(query), np.asarray(candidate)
+    result = np.zeros(len(left), dtype=np.int64)
+    for start in range(0, len(left), BLOCK):
+        block = slice(start, min(start + BLOCK, len(left)))
+        pairs = (of_query >= block.start) & (of_query < block.stop)
+        positive = np.zeros((block.stop - block.start, len(right)), dtype=np.bool_)
+        positive[of_query[pairs] - block.start, of_candidate[pairs]] = True
+        result[block] = ranks(left[block] @ right.T, positive)
+    return result
+
+
+def class_ranks(query: npt.ArrayLike, candidate: npt.ArrayLike, query_class: Ints, candidate_class: Ints) -> Ints:
+    """Rank of the best candidate of each query's class; 1 = the nearest candidate is of the class.
+
+    Queries of a class that no candidate has cannot be answered and are left out. Where several candidates share the
+    first place, all of them must be of the class.
+
+    Args:
+        query: float [Q, E]; candidate: float [C, E].
+        query_class: int64 [Q]; candidate_class: int64 [C].
+
+    Returns:
+        int64 [number of queries that can be answered].
+    """
+    left, right = np.asarray(query), np.asarray(candidate)
+    possible = np.flatnonzero(np.isin(query_class, candidate_class))
+    blocks = [possible[start : start + BLOCK] for start in range(0, len(possible), BLOCK)]
+    found = [ranks(left[rows] @ right.T, query_class[rows, None] == candidate_class[None, :]) for rows in blocks]
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+
+
+def recall_scores(found: Ints, num_candidates: int, at: Sequence[int] = (1, 5, 10)) -> dict[str, float | int]:
+    """`R@k` for every k, `median_rank`, `num_queries` and `num_candidates` of one direction, from `pair_ranks`."""
     scores: dict[str, float | int] = {f"R@{k}": float((found <= k).mean()) for k in at}
-    scores["median_rank"] = float(np.median(found))
-    scores["num_queries"], scores["num_candidates"] = (int(n) for n in np.shape(similarity))
-    return scores
-
-
-def class_precision_at_1(
-    similarity: npt.ArrayLike, query_class: npt.ArrayLike, candidate_class: npt.ArrayLike
-) -> float | None:
-    """Share of the queries whose most similar candidate is of the query's class.
-
-    Queries of a class that no candidate has cannot be answered and are left out; None when no query is left. Where
-    several candidates share the first place, all of them must be of the class.
-
-    Args:
-        similarity: float [Q, C].
-        query_class: int [Q].
-        candidate_class: int [C].
-    """
-    scores = np.asarray(similarity, dtype=np.float64)
-    same = np.asarray(query_class)[:, None] == np.asarray(candidate_class)[None, :]
-    possible = same.any(axis=1)
-    if not possible.any():
-        return None
-    return float((ranks(scores[possible], same[possible]) == 1).mean())
+    return scores | {
+        "median_rank": float(np.median(found)),
+        "num_queries": len(found),
+        "num_candidates": num_candidates,
+    }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pretrain.metrics.retrieval import class_precision_at_1, ranks, retrieval_scores
+from pretrain.metrics import retrieval
+from pretrain.metrics.retrieval import class_ranks, pair_ranks, ranks, recall_scores
 
 SIMILARITY = np.array(
     [
@@ -19,7 +20,7 @@ SIMILARITY = np.array(
 
 def test_gold_values_of_one_right_answer_a_query():
     assert ranks(SIMILARITY, np.eye(4, dtype=bool)).tolist() == [1, 3, 2, 4]
-    scores = retrieval_scores(SIMILARITY, np.eye(4, dtype=bool), at=(1, 2, 3))
+    scores = recall_scores(np.array([1, 3, 2, 4]), num_candidates=4, at=(1, 2, 3))
     assert scores == {
         "R@1": 0.25,
         "R@2": 0.5,
@@ -42,12 +43,14 @@ def test_several_right_answers_count_by_the_best():
 
 def test_a_collapsed_encoder_is_last_everywhere():
     assert ranks(np.zeros((5, 5)), np.eye(5, dtype=bool)).tolist() == [5] * 5
-    assert class_precision_at_1(np.zeros((4, 4)), [0, 1, 0, 1], [0, 1, 0, 1]) == 0.0
+    same = np.tile([[1.0, 0.0]], (4, 1))
+    assert (class_ranks(same, same, np.array([0, 1, 0, 1]), np.array([0, 1, 0, 1])) > 1).all()
 
 
 def test_a_tie_among_right_answers_is_no_mistake():
-    assert class_precision_at_1([[0.5, 0.5, 0.1]], [7], [7, 7, 3]) == 1.0
-    assert class_precision_at_1([[0.5, 0.5, 0.1]], [7], [7, 3, 7]) == 0.0
+    candidates = np.array([[0.5], [0.5], [0.1]])
+    assert class_ranks([[1.0]], candidates, np.array([7]), np.array([7, 7, 3])).tolist() == [1]
+    assert class_ranks([[1.0]], candidates, np.array([7]), np.array([7, 3, 7])).tolist() == [2]
 
 
 def test_nan_counts_against_the_model_on_either_side():
@@ -72,12 +75,29 @@ def test_equal_to_the_definition_on_random_matrices_with_ties():
         assert ranks(similarity, positive).tolist() == expected
 
 
-def test_class_precision_gold_value_and_unanswerable_queries():
-    similarity = [[0.9, 0.2, 0.1], [0.3, 0.2, 0.1], [0.1, 0.2, 0.9], [1.0, 0.0, 0.0]]
-    # Right, wrong (nearest is class 0), right; class 5 has no candidate.
-    assert class_precision_at_1(similarity, [0, 1, 2, 5], [0, 1, 2]) == pytest.approx(2 / 3)
-    assert class_precision_at_1([[0.1]], [0], [1]) is None
-    assert class_precision_at_1(np.zeros((0, 3)), [], [0, 1, 2]) is None
+def test_class_ranks_gold_values_and_unanswerable_queries():
+    queries = np.array([[1.0, 0.0, 0.0], [0.6, 0.5, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    # Right; wrong, the nearest is class 0; right; class 5 has no candidate.
+    assert class_ranks(queries, np.eye(3), np.array([0, 1, 2, 5]), np.array([0, 1, 2])).tolist() == [1, 2, 1]
+    assert class_ranks([[1.0]], [[1.0]], np.array([0]), np.array([1])).tolist() == []
+    assert class_ranks(np.zeros((0, 3)), np.eye(3), np.zeros(0, dtype=np.int64), np.arange(3)).tolist() == []
+
+
+@pytest.mark.parametrize("block", [1, 3, 1024])
+def test_blocks_of_queries_do_not_change_a_rank(monkeypatch, block):
+    monkeypatch.setattr(retrieval, "BLOCK", block)
+    generator = np.random.default_rng(1)
+    query, candidate = generator.normal(size=(7, 4)), generator.normal(size=(5, 4))
+    of_query = np.concatenate([np.arange(7), [0, 3, 6]])
+    of_candidate = generator.integers(0, 5, size=10)
+    positive = np.zeros((7, 5), dtype=bool)
+    positive[of_query, of_candidate] = True
+    assert (
+        pair_ranks(query, candidate, of_query, of_candidate).tolist() == ranks(query @ candidate.T, positive).tolist()
+    )
+    classes = np.array([0, 1, 2, 0, 1, 2, 0])
+    same = classes[:, None] == classes[None, :5]
+    assert class_ranks(query, candidate, classes, classes[:5]).tolist() == ranks(query @ candidate.T, same).tolist()
 
 
 def test_what_cannot_be_scored_is_refused():
