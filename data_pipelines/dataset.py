@@ -1,0 +1,352 @@
+"""A dataset folder: `dataset.json`, tars, and one index a tar.
+
+`open_dataset` reads dataset.json alone; a shard's index is memory-mapped and its tar opened when a sample of it is
+first asked for. A `Dataset` may be pickled, forked and shared between threads: reads are by offset, and what is cached can be
+made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipelines.atomic import atomic_file
+from data_pipelines.decode import decode_metadata, decode_text
+from data_pipelines.errors import BadInput
+from data_pipelines.index import FORMAT_VERSION, MEMBERS, MODALITIES, Quarantined, ShardIndex, index_shard
+from data_pipelines.shard import (
+    AUDIO_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    Sample,
+    ShardReader,
+    hash_shard,
+    write_shard,
+)
+
+MAX_TEXT_BYTES = 1_000_000
+MAX_METADATA_BYTES = 1_000_000
+# Each open shard holds one descriptor and one mapping; the usual soft limit is 1,024 descriptors.
+_OPEN_SHARDS = 256
+
+IntArray = npt.NDArray[np.int64]
+
+
+class ShardEntry(BaseModel):
+    """One shard in dataset.json: `path` and `index` within the dataset folder, `bytes` and `sha256` of the tar."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    num_samples: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    index: str
+    modalities: dict[str, int]
+
+
+class _DatasetFile(BaseModel):
+    format_version: Literal[1]
+    name: str
+    num_samples: int
+    modalities: dict[str, int]
+    fingerprint: str
+    reencoded: list[str] = []
+    shards: list[ShardEntry]
+
+
+class Costs(NamedTuple):
+    """What samples cost, known from the index: three arrays of the same length, 0 where the modality is missing."""
+
+    text_bytes: IntArray
+    pixels: IntArray
+    audio_seconds: npt.NDArray[np.float32]
+
+
+class RawSample(NamedTuple):
+    """A sample's members as they lie in the tar, None where missing; `shard` is the tar's path within the dataset."""
+
+    key: str
+    shard: str
+    image: bytes | None
+    text: bytes | None
+    audio: bytes | None
+    json: bytes | None
+    image_extension: str
+    audio_extension: str
+
+
+def fingerprint(shards: Iterable[ShardEntry]) -> str:
+    """Hash (hex) over the shards' SHA-256 and counts, in order: equal data in equal order, and nothing else."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.sha256} {shard.num_samples}\n".encode())
+    return digest.hexdigest()
+
+
+def commit_shard(samples: Iterable[Sample], folder: Path, path: str) -> ShardEntry:
+    """Write one shard at `path` within a dataset folder, then its index: with the index there, the shard is complete.
+
+    Raises `BadInput` for samples that a shard cannot hold.
+    """
+    written = write_shard(samples, folder / path)
+    index = index_shard(folder / path)
+    assert len(index) == written.num_samples and not index.quarantined, (path, index.quarantined)
+    return _commit_index(index, folder, path, index_path(path), written.num_bytes, written.sha256)
+
+
+def index_path(path: str) -> str:
+    """Where the index of the shard at `path` lies, relative to the dataset folder."""
+    return f"index/{PurePosixPath(path).stem}.arrow"
+
+
+def _commit_index(
+    index: ShardIndex, folder: Path, path: str, index_file: str, num_bytes: int, sha256: str
+) -> ShardEntry:
+    index.save(folder / index_file, num_bytes, sha256)
+    modalities = {name: index.count(name) for name in MODALITIES}
+    return ShardEntry(
+        path=path, num_samples=len(index), bytes=num_bytes, sha256=sha256, index=index_file, modalities=modalities
+    )
+
+
+def write_dataset(folder: Path, name: str, shards: Sequence[ShardEntry], reencoded: Sequence[str] = ()) -> str:
+    """Write dataset.json, the last file of a dataset, atomically; returns the fingerprint.
+
+    `reencoded` names the modalities whose bytes are not the source's own.
+    """
+    counts = {name: sum(shard.modalities.get(name, 0) for shard in shards) for name in MODALITIES}
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "num_samples": sum(shard.num_samples for shard in shards),
+        "modalities": {name: count for name, count in counts.items() if count},
+        "fingerprint": fingerprint(shards),
+    }
+    if reencoded:
+        content["reencoded"] = sorted(reencoded)
+    content["shards"] = [shard.model_dump() for shard in shards]
+    with atomic_file(Path(folder) / "dataset.json") as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+    return str(content["fingerprint"])
+
+
+def index_folder(folder: Path) -> tuple[Dataset, list[Quarantined]]:
+    """Make a dataset of the tars below a folder: `dataset.json` and `index/` there, the tars unchanged.
+
+    What is damaged or refused goes to `quarantine.jsonl` beside dataset.json, and is returned. Raises `BadInput`, with
+    nothing written, when there is no tar or a file called .tar is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: not a folder")
+    tars = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*.tar")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not tars:
+        raise BadInput(f"{folder}: no .tar file in it or below it")
+    # All are read before anything is written, so that a file that is no tar leaves the folder as it was.
+    indexed = [(path, index_shard(folder / path)) for path in tars]
+    entries: list[ShardEntry] = []
+    quarantined: list[Quarantined] = []
+    taken: set[str] = set()
+    for path, index in indexed:
+        index_file = index_path(path)
+        if index_file in taken:
+            stem = PurePosixPath(path).stem
+            index_file = f"index/{stem}-{hashlib.sha256(path.encode()).hexdigest()[:12]}.arrow"
+        taken.add(index_file)
+        num_bytes, sha256 = hash_shard(folder / path)
+        entries.append(_commit_index(index, folder, path, index_file, num_bytes, sha256))
+        quarantined += [Quarantined(path, *tuple(vars(line).values())[1:]) for line in index.quarantined]
+    quarantine_file = folder / "quarantine.jsonl"
+    if quarantined:
+        with atomic_file(quarantine_file) as file:
+            for line in quarantined:
+                file.write((json.dumps(vars(line), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    else:
+        quarantine_file.unlink(missing_ok=True)
+    if not sum(entry.num_samples for entry in entries):
+        raise BadInput(f"{folder}: no whole sample in {len(tars)} tar(s); first reason: {_first_reason(quarantined)}")
+    write_dataset(folder, folder.resolve().name, entries)
+    return open_dataset(folder), quarantined
+
+
+def _first_reason(quarantined: Sequence[Quarantined]) -> str:
+    return f"{quarantined[0].reason} ({quarantined[0].detail})" if quarantined else "the tars are empty"
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """Open the dataset folder that holds dataset.json. Raises `BadInput` when it is none or contradicts itself."""
+    folder = Path(path)
+    file = folder / "dataset.json"
+    if not file.is_file():
+        hint = "make one with `triptych data build`, or of tars with `triptych data index`"
+        raise BadInput(f"{folder}: {'no dataset.json in it' if folder.is_dir() else 'no such dataset folder'}; {hint}")
+    try:
+        content = _DatasetFile.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        where = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        place = ".".join(map(str, where["loc"])) or "file"
+        raise BadInput(f"{file}: cannot be read ({place}: {where['msg']})") from error
+    for shard in content.shards:
+        for name in (shard.path, shard.index):
+            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                raise BadInput(f"{file}: the path {name!r} leads out of the dataset folder")
+    if content.num_samples != sum(shard.num_samples for shard in content.shards):
+        raise BadInput(f"{file}: num_samples is {content.num_samples}, but the shards add up to something else")
+    if content.fingerprint != fingerprint(content.shards):
+        raise BadInput(f"{file}: the fingerprint does not fit the shards; the file was edited")
+    if not content.num_samples:
+        raise BadInput(f"{file}: the dataset is empty")
+    return Dataset(folder, content)
+
+
+class _OpenShard:
+    """A shard's index and its open tar."""
+
+    def __init__(self, folder: Path, entry: ShardEntry) -> None:
+        self.entry = entry
+        self.index = ShardIndex.load(folder / entry.index)
+        self.reader = ShardReader(folder / entry.path)
+        if self.index.sha256 != entry.sha256 or len(self.index) != entry.num_samples:
+            raise BadInput(f"{folder / entry.index}: the index is of another tar; run `triptych data index` again")
+        if self.reader.num_bytes != entry.bytes:
+            raise BadInput(
+                f"{self.reader.path}: {self.reader.num_bytes} bytes, but dataset.json says {entry.bytes}; "
+                "build it again, or keep what is whole with `triptych data index`"
+            )
+
+
+class Dataset:
+    """Samples 0..N-1 in shard order. Open one with `open_dataset`."""
+
+    def __init__(self, folder: Path, content: _DatasetFile) -> None:
+        self.path = folder
+        self.name = content.name
+        self.fingerprint = content.fingerprint
+        self.modalities = dict(content.modalities)
+        self.reencoded = tuple(content.reencoded)
+        self.shards = tuple(content.shards)
+        self.shard_sizes: IntArray = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
+        self._starts: IntArray = np.concatenate([[0], np.cumsum(self.shard_sizes)]).astype(np.int64)
+        self._open: dict[int, _OpenShard] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __repr__(self) -> str:
+        return f"Dataset({str(self.path)!r}, {len(self)} samples, {len(self.shards)} shards, {self.modalities})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def _shard(self, number: int) -> _OpenShard:
+        shard = self._open.get(number)
+        if shard is None:
+            shard = _OpenShard(self.path, self.shards[number])
+            # No lock: threads may open a shard twice, which is harmless, and a fork cannot inherit a held lock. An
+            # evicted shard closes when its last reader lets go.
+            self._open[number] = shard
+            while len(self._open) > _OPEN_SHARDS:
+                self._open.pop(next(iter(list(self._open))), None)
+        return shard
+
+    def locate(self, ids: npt.ArrayLike) -> tuple[IntArray, IntArray]:
+        """(shard number, row in the shard) of sample ids, both int64. Raises IndexError outside 0..N-1."""
+        wanted = np.atleast_1d(np.asarray(ids, dtype=np.int64))
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"sample ids must lie in 0..{len(self) - 1}")
+        shard = np.searchsorted(self._starts, wanted, side="right") - 1
+        return shard, wanted - self._starts[shard]
+
+    def _column(self, name: str, ids: npt.ArrayLike) -> npt.NDArray[Any]:
+        shards, rows = self.locate(ids)
+        parts = np.empty(len(rows), dtype=self._shard(int(shards[0])).index[name].dtype) if len(rows) else rows
+        for number in np.unique(shards):
+            here = shards == number
+            parts[here] = self._shard(int(number)).index[name][rows[here]]
+        return parts
+
+    def costs(self, ids: npt.ArrayLike) -> Costs:
+        """What these samples cost: text bytes, pixels and seconds of sound, from the index alone."""
+        text = np.maximum(self._column("text_size", ids), 0)
+        pixels = self._column("width", ids).astype(np.int64) * self._column("height", ids)
+        return Costs(text, pixels, self._column("audio_seconds", ids))
+
+    def sizes(self, member: str, ids: npt.ArrayLike) -> IntArray:
+        """Bytes of `image`, `text`, `audio` or `json` in these samples; -1 where missing."""
+        return self._column(f"{member}_size", ids)
+
+    def keys(self, ids: npt.ArrayLike) -> list[str]:
+        """Keys of these samples."""
+        shards, rows = self.locate(ids)
+        return [self._shard(s).index.key(r) for s, r in zip(shards.tolist(), rows.tolist(), strict=True)]
+
+    def read(self, ids: npt.ArrayLike, members: Sequence[str] = MEMBERS) -> list[RawSample]:
+        """The encoded members of many samples, in the order asked for; each shard is read front to back.
+
+        Members that are not asked for are None. Raises `BadInput` when a tar is gone or shorter than its index says.
+        """
+        shards, rows = self.locate(ids)
+        samples: list[RawSample | None] = [None] * len(rows)
+        for place in np.lexsort((rows, shards)).tolist():
+            samples[place] = self._read_row(self._shard(int(shards[place])), int(rows[place]), members)
+        return [sample for sample in samples if sample is not None]
+
+    def _read_row(self, shard: _OpenShard, row: int, members: Sequence[str]) -> RawSample:
+        index = shard.index
+        spans = {name: (int(index[f"{name}_offset"][row]), int(index[f"{name}_size"][row])) for name in members}
+        there = {name: span for name, span in spans.items() if span[1] >= 0}
+        data: dict[str, bytes] = {}
+        if there:
+            first = min(offset for offset, _ in there.values())
+            length = max(offset + size for offset, size in there.values()) - first
+            # Members lie side by side, so one read takes the sample; not so where a large one is left out between.
+            if length <= sum(size for _, size in there.values()) + 8192:
+                block = shard.reader.read(first, length)
+                data = {name: block[offset - first : offset - first + size] for name, (offset, size) in there.items()}
+            else:
+                data = {name: shard.reader.read(offset, size) for name, (offset, size) in there.items()}
+        return RawSample(
+            index.key(row),
+            shard.entry.path,
+            data.get("image"),
+            data.get("text"),
+            data.get("audio"),
+            data.get("json"),
+            IMAGE_EXTENSIONS[int(index["image_extension"][row])],
+            AUDIO_EXTENSIONS[int(index["audio_extension"][row])],
+        )
+
+    def __getitem__(self, position: int) -> Sample:
+        """Sample `position`, negative from the end. Raises IndexError, and `DecodeError` for bad text or JSON."""
+        raw = self.read([self._position(position)])[0]
+        return Sample(
+            key=raw.key,
+            image=raw.image,
+            text=None if raw.text is None else decode_text(raw.text, MAX_TEXT_BYTES),
+            audio=raw.audio,
+            metadata={} if raw.json is None else decode_metadata(raw.json, MAX_METADATA_BYTES),
+            image_extension=raw.image_extension,
+            audio_extension=raw.audio_extension,
+        )
+
+    def metadata(self, position: int) -> dict[str, Any]:
+        """Metadata of one sample, empty when it has none; image and sound are not read."""
+        raw = self.read([self._position(position)], ("json",))[0]
+        return {} if raw.json is None else decode_metadata(raw.json, MAX_METADATA_BYTES)
+
+    def _position(self, position: int) -> int:
+        wanted = position + len(self) if position < 0 else position
+        if not 0 <= wanted < len(self):
+            raise IndexError(f"sample {position} of {len(self)}")
+        return wanted

@@ -1,0 +1,281 @@
+"""The index of one shard: where each sample's members lie and what they cost.
+
+Rebuildable from the tar alone. An Arrow IPC file, memory-mapped when read, so that a worker pays for the rows that it
+touches. A damaged tar gives up its whole samples; each of the others becomes a `Quarantined` line with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from data_pipelines.atomic import atomic_file
+from data_pipelines.errors import BadInput
+from data_pipelines.headers import audio_seconds, image_size
+from data_pipelines.shard import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, split_member_name
+from data_pipelines.tar import Damage, Member, open_tar, walk
+
+FORMAT_VERSION = 1
+MODALITIES = ("image", "text", "audio")
+MEMBERS = (*MODALITIES, "json")
+_HEAD_BYTES = 1 << 16
+_SCHEMA = pa.schema(
+    [pa.field("key", pa.string(), nullable=False)]
+    + [pa.field(f"{member}_{what}", pa.int64(), nullable=False) for member in MEMBERS for what in ("offset", "size")]
+    + [
+        pa.field("image_extension", pa.int8(), nullable=False),
+        pa.field("audio_extension", pa.int8(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("audio_seconds", pa.float32(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """One line of quarantine.jsonl: what is left out, and why. `key` and `member` are None where unknown."""
+
+    shard: str
+    key: str | None
+    member: str | None
+    reason: str
+    detail: str
+
+
+class ShardIndex:
+    """The rows of one shard's index. Columns are read-only numpy arrays of length `len(index)`.
+
+    `{image,text,audio,json}_{offset,size}` int64 in bytes (size -1: the sample has no such member), `width`, `height`
+    int32 in pixels (0: unknown), `audio_seconds` float32, `{image,audio}_extension` int8, an index into
+    `shard.IMAGE_EXTENSIONS` and `shard.AUDIO_EXTENSIONS`.
+    """
+
+    def __init__(self, table: pa.Table, quarantined: tuple[Quarantined, ...] = ()) -> None:
+        self._table = table.combine_chunks()
+        self.quarantined = quarantined
+        self._columns: dict[str, npt.NDArray[Any]] = {}
+        for name in _SCHEMA.names[1:]:
+            chunked = self._table.column(name)
+            self._columns[name] = (
+                chunked.chunk(0).to_numpy(zero_copy_only=True)
+                if chunked.num_chunks
+                else np.empty(0, _SCHEMA.field(name).type.to_pandas_dtype())
+            )
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, column: str) -> npt.NDArray[Any]:
+        return self._columns[column]
+
+    def key(self, row: int) -> str:
+        """Key of the sample in this row."""
+        return str(self._table.column(0)[row].as_py())
+
+    def keys(self) -> list[str]:
+        """All keys, in the order of the tar."""
+        return [str(key) for key in self._table.column(0).to_pylist()]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tar that this index was made from, in bytes; -1 when it was not recorded."""
+        return int((self._table.schema.metadata or {}).get(b"num_bytes", b"-1"))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the tar that this index was made from; empty when it was not recorded."""
+        return str((self._table.schema.metadata or {}).get(b"sha256", b"").decode())
+
+    def count(self, modality: str) -> int:
+        """Samples that have this modality; an empty text does not count."""
+        sizes = self._columns[f"{modality}_size"]
+        return int(np.count_nonzero(sizes > 0 if modality == "text" else sizes >= 0))
+
+    def save(self, path: Path, num_bytes: int, sha256: str) -> None:
+        """Write the index, bound to the tar with this size and hash. It appears whole or not at all."""
+        schema = _SCHEMA.with_metadata(
+            {"format_version": str(FORMAT_VERSION), "num_bytes": str(num_bytes), "sha256": sha256}
+        )
+        with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_table(self._table.cast(schema))
+
+    @classmethod
+    def load(cls, path: Path) -> ShardIndex:
+        """Memory-map an index. Raises `BadInput` when there is none or it is not one of ours."""
+        try:
+            with pa.memory_map(str(path)) as source:
+                table = pa.ipc.open_file(source).read_all()
+        except FileNotFoundError as error:
+            raise BadInput(f"{path}: the index is missing; make it again with `triptych data index`") from error
+        except (OSError, pa.ArrowInvalid) as error:
+            raise BadInput(f"{path}: not an index ({error}); make it again with `triptych data index`") from error
+        if not table.schema.equals(_SCHEMA):
+            raise BadInput(f"{path}: an index of another version; make it again with `triptych data index`")
+        return cls(table)
+
+
+@dataclass
+class _Group:
+    """Members that share a key, in a row, and what is known to be wrong with them."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    fault: tuple[str | None, str, str] | None = None
+    gap_before: Damage | None = None
+    gap_after: Damage | None = None
+
+    def refuse(self, member: str | None, reason: str, detail: str) -> None:
+        self.fault = self.fault or (member, reason, detail)
+
+
+class _Grouper:
+    """Turns the walk over a tar into groups, deciding which groups a gap may have robbed of members."""
+
+    def __init__(self) -> None:
+        self.groups: list[_Group] = []
+        self.loose: list[Damage] = []
+        self._pending: Damage | None = None
+
+    def _group(self, key: str) -> _Group:
+        last = self.groups[-1] if self.groups else None
+        if last is not None and last.key == key:
+            if self._pending is not None:
+                last.refuse(self._pending.name, self._pending.reason, self._pending.detail)
+            self._pending = None
+            return last
+        group = _Group(key)
+        if self._pending is not None:
+            group.gap_before = self._pending
+            if last is not None:
+                last.gap_after = self._pending
+            self._pending = None
+        self.groups.append(group)
+        return group
+
+    def member(self, member: Member) -> None:
+        parts = split_member_name(member.name)
+        if parts is None:
+            return
+        group = self._group(parts[0])
+        if parts[1] in group.members:
+            group.refuse(member.name, "duplicate", f"two members called {member.name!r}")
+        group.members.setdefault(parts[1], member)
+
+    def damage(self, damage: Damage) -> None:
+        self.loose.append(damage)
+        parts = split_member_name(damage.name) if damage.name is not None else None
+        if not damage.gap:
+            if parts is not None:
+                self._group(parts[0]).refuse(damage.name, damage.reason, damage.detail)
+            return
+        if parts is not None and damage.reason == "truncated":
+            self._group(parts[0]).refuse(damage.name, damage.reason, damage.detail)
+            return
+        last = self.groups[-1] if self.groups else None
+        if parts is not None and last is not None and last.key == parts[0] and parts[1] not in last.members:
+            # The header is broken, but its name can be read and fits: this sample lost it, and no other.
+            last.refuse(damage.name, damage.reason, damage.detail)
+            return
+        self._pending = damage
+
+    def finish(self) -> None:
+        if self._pending is not None and self.groups:
+            self.groups[-1].gap_after = self._pending
+        for before, after in zip([None, *self.groups], self.groups, strict=False):
+            gap = after.gap_before
+            parts = split_member_name(gap.name) if gap is not None and gap.name is not None else None
+            if gap is not None and parts is not None and parts[0] == after.key and parts[1] not in after.members:
+                after.refuse(gap.name, gap.reason, gap.detail)
+                if before is not None:
+                    before.gap_after = None
+        # A group beside a gap is whole unless it could be the beginning (or the end) of a longer one.
+        whole = {tuple(g.members) for g in self.groups if not (g.fault or g.gap_before or g.gap_after)}
+        for group in self.groups:
+            names = tuple(group.members)
+            for gap, is_part in ((group.gap_after, _is_head), (group.gap_before, _is_tail)):
+                if gap is not None and (not whole or any(is_part(names, longer) for longer in whole)):
+                    group.refuse(gap.name, gap.reason, f"{gap.detail}; the sample beside it may have lost members")
+
+
+def _is_head(names: tuple[str, ...], longer: tuple[str, ...]) -> bool:
+    return len(names) < len(longer) and longer[: len(names)] == names
+
+
+def _is_tail(names: tuple[str, ...], longer: tuple[str, ...]) -> bool:
+    return len(names) < len(longer) and longer[len(longer) - len(names) :] == names
+
+
+def index_shard(tar: Path) -> ShardIndex:
+    """Read a tar's headers, and the headers of its images and sounds, into an index.
+
+    Raises `BadInput` when the file is no plain tar. Whatever is damaged or refused inside stands in `.quarantined`.
+    """
+    tar = Path(tar)
+    descriptor = open_tar(tar)
+    try:
+        grouper = _Grouper()
+        for found in walk(descriptor):
+            if isinstance(found, Member):
+                grouper.member(found)
+            else:
+                grouper.damage(found)
+        grouper.finish()
+        return _build(tar.name, descriptor, grouper)
+    finally:
+        os.close(descriptor)
+
+
+def _build(shard: str, descriptor: int, grouper: _Grouper) -> ShardIndex:
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    quarantined: list[Quarantined] = []
+    for group in grouper.groups:
+        row = _row(descriptor, group)
+        if row is None:
+            group.refuse(None, "empty", f"neither image nor text nor sound among {sorted(group.members)}")
+        if group.fault is not None or row is None:
+            member, reason, detail = group.fault or (None, "empty", "")
+            quarantined.append(Quarantined(shard, group.key, member, reason, detail))
+            continue
+        for name, value in row.items():
+            columns[name].append(value)
+    told = {(line.member, line.reason) for line in quarantined}
+    for damage in grouper.loose:
+        if (damage.name, damage.reason) not in told:
+            quarantined.append(Quarantined(shard, None, damage.name, damage.reason, damage.detail))
+    return ShardIndex(pa.table(columns, schema=_SCHEMA), tuple(quarantined))
+
+
+def _first(members: dict[str, Member], extensions: tuple[str, ...]) -> tuple[int, Member | None]:
+    for number, extension in enumerate(extensions):
+        if extension in members:
+            return number, members[extension]
+    return 0, None
+
+
+def _row(descriptor: int, group: _Group) -> dict[str, Any] | None:
+    """One row of the index, or None for a group without any of the three modalities."""
+    image_extension, image = _first(group.members, IMAGE_EXTENSIONS)
+    audio_extension, audio = _first(group.members, AUDIO_EXTENSIONS)
+    text, metadata = group.members.get("txt"), group.members.get("json")
+    if image is None and audio is None and (text is None or text.size == 0):
+        return None
+    row: dict[str, Any] = {"key": group.key, "image_extension": image_extension, "audio_extension": audio_extension}
+    for name, member in (("image", image), ("text", text), ("audio", audio), ("json", metadata)):
+        row[f"{name}_offset"] = 0 if member is None else member.offset
+        row[f"{name}_size"] = -1 if member is None else member.size
+    size = None
+    if image is not None:
+        size = image_size(os.pread(descriptor, min(image.size, _HEAD_BYTES), image.offset))
+        if size is None and image.size > _HEAD_BYTES:
+            # Colour profiles and thumbnails may push a JPEG's frame header far back.
+            size = image_size(os.pread(descriptor, image.size, image.offset))
+    row["width"], row["height"] = (0, 0) if size is None else (min(size[1], 2**31 - 1), min(size[2], 2**31 - 1))
+    row["audio_seconds"] = 0.0 if audio is None else audio_seconds(os.pread(descriptor, audio.size, audio.offset))
+    return row
