@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from data_pipelines.config import DataConfig, Fraction, PositiveInt, Settings
+from pretrain.config_file import dump_settings, load_settings
 
 PRESETS = ("tiny", "base", "large")
 
@@ -33,7 +36,9 @@ class ModelConfig(Settings):
     text: dict[str, Any] = Field(default_factory=dict, description="Fields of the family's text config to override.")
     vision: dict[str, Any] = Field(default_factory=dict, description="Fields of the vision config to override.")
     audio: dict[str, Any] = Field(default_factory=dict, description="Fields of the audio config to override.")
-    embedding_size: PositiveInt | None = Field(None, description="Size of the joint embedding; null takes the preset's.")
+    embedding_size: PositiveInt | None = Field(
+        None, description="Size of the joint embedding; null takes the preset's."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention of text and vision layers.")
 
@@ -52,7 +57,9 @@ class ObjectivesConfig(Settings):
     """How each loss is built."""
 
     align: Literal["infonce", "siglip"] = Field("infonce", description="Contrastive loss.")
-    logit_scale: float = Field(14.285714, gt=0, le=100, description="Initial scale of the similarities (1 / temperature).")
+    logit_scale: float = Field(
+        14.285714, gt=0, le=100, description="Initial scale of the similarities (1 / temperature)."
+    )
     label_smoothing: Fraction = Field(0.0, description="Smoothing of the InfoNCE targets against false negatives.")
     image_mask_chance: Fraction = Field(0.5, description="Share of the images that are masked at all.")
     image_mask_share: Fraction = Field(0.5, description="Share of the patches masked in such an image.")
@@ -66,7 +73,9 @@ class TrainConfig(Settings):
     """The optimizer and its schedule."""
 
     max_steps: PositiveInt = Field(1000, description="Optimizer steps of the whole run.")
-    warmup_steps: int = Field(100, ge=0, description="Steps of linear warm-up. Alignment stays at ln(batch) without it.")
+    warmup_steps: int = Field(
+        100, ge=0, description="Steps of linear warm-up. Alignment stays at ln(batch) without it."
+    )
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="Shape after the warm-up.")
     decay_share: Fraction = Field(0.2, description="wsd: share of the run that the final decay takes.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
@@ -154,6 +163,10 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
+        if not self.run.dir.strip():
+            raise ValueError("run.dir is empty; it needs a folder for everything that the run writes")
+        if not self.data.train_sources:
+            raise ValueError("data.train is an empty list; it needs at least one dataset folder")
         if self.losses.action > 0:
             raise ValueError("losses.action: no action data or head exists yet; set it to 0")
         if not any((self.losses.text, self.losses.image, self.losses.audio, self.losses.align)):
@@ -168,6 +181,20 @@ class Config(Settings):
             raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
         if self.data.micro_batch is not None and self.data.global_batch % self.data.micro_batch:
             raise ValueError(
-                f"data.global_batch {self.data.global_batch} is not a multiple of data.micro_batch {self.data.micro_batch}"
+                f"data.global_batch {self.data.global_batch} is not a multiple of "
+                f"data.micro_batch {self.data.micro_batch}"
             )
         return self
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read one run's YAML file, apply overrides such as `train.max_steps=20`, and check all of it.
+
+    Relative paths in it are relative to the current directory. Raises `BadInput`, in one line, for whatever is wrong.
+    """
+    return load_settings(Config, path, overrides)
+
+
+def dump_config(config: Config) -> str:
+    """YAML text of every setting, defaults included, that `load_config` reads back as an equal `Config`."""
+    return dump_settings(config)

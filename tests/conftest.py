@@ -1,0 +1,32 @@
+"""What every test gets: a quiet environment without network, the `fast` marker by default, and the real sample data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch, transformers or huggingface_hub are imported: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WDS_SECURE", "1")
+
+import pytest  # noqa: E402
+
+KINDS = ("distributed", "slurm", "soak")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(kind) for kind in KINDS):
+            item.add_marker(pytest.mark.fast)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the real sample data sets; tests that need it are skipped where there is none."""
+    folder = Path(os.environ.get("TRIPTYCH_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no sample data at {folder}; set TRIPTYCH_DATA")
+    return folder
