@@ -1,0 +1,121 @@
+"""The weights of a checkpoint as plain tensors, whatever ZeRO stage and number of ranks wrote it.
+
+DeepSpeed's own consolidation maps the optimizer files and hands out each parameter when it is asked for, so that a
+model need not fit in memory twice. Around it stand the two guards that it lacks: nothing is opened before the
+checkpoint's manifest has been checked, and no file may execute code while it loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines.errors import BadInput
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@contextlib.contextmanager
+def safe_unpickling() -> Iterator[None]:
+    """`torch.load` inside refuses every class but tensors and the four plain ones that DeepSpeed's files hold.
+
+    DeepSpeed asks for full unpickling; the environment variable, which torch reads at each load, overrules it.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
+
+
+class Weights(Mapping[str, Tensor]):
+    """Names to fp32 tensors; a tensor is put together from the ranks' shares each time it is asked for.
+
+    Tied parameters appear under each of their names, persistent buffers among the parameters.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].contiguous().detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a tensor, without putting it together."""
+        return self._tensors[name].shape
+
+    def with_prefix(self, prefix: str) -> Weights:
+        """The tensors whose names start with `prefix`, under the rest of their names."""
+        return Weights({name[len(prefix) :]: t for name, t in self._tensors.items() if name.startswith(prefix)})
+
+
+def open_weights(checkpoint: Path) -> Weights:
+    """The weights in `checkpoints/step-N`, read from the DeepSpeed files of all its ranks.
+
+    Raises:
+        BadInput: the checkpoint is not valid by its manifest, or is not one of DeepSpeed's.
+    """
+    from pretrain.checkpoint import verify
+
+    reason = verify(checkpoint)
+    if reason is not None:
+        raise BadInput(f"{checkpoint}: not a valid checkpoint ({reason}); choose another step")
+    return read_zero_folder(checkpoint / "deepspeed")
+
+
+def read_zero_folder(folder: Path) -> Weights:
+    """The weights in a folder that DeepSpeed's `save_checkpoint` wrote (ZeRO 0, 1, 2 or 3), unverified.
+
+    Raises:
+        BadInput: the folder holds no DeepSpeed checkpoint, or a file of it that would execute code.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    latest = folder / "latest"
+    if not latest.is_file():
+        raise BadInput(f"{folder}: no DeepSpeed checkpoint (it has no file `latest`)")
+    tag = latest.read_text().strip()
+    if tag != Path(tag).name:
+        raise BadInput(f"{latest}: {tag!r} is not the name of a folder beside it")
+    try:
+        with safe_unpickling():
+            if any((folder / tag).glob("*zero_pp_rank_*optim_states.pt")):
+                # It prints and draws progress bars; a caller's standard output may be JSON.
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    return Weights(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True))
+            return _without_zero(folder / tag / "mp_rank_00_model_states.pt")
+    except torch.serialization.pickle.UnpicklingError as error:
+        raise BadInput(f"{folder}: refused, a file would execute code when loaded ({_first_line(error)})") from error
+    except FileNotFoundError as error:
+        raise BadInput(f"{folder}: an incomplete DeepSpeed checkpoint ({error})") from error
+
+
+def _without_zero(file: Path) -> Weights:
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return Weights({name: t.float() if t.is_floating_point() else t for name, t in state["module"].items()})
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
