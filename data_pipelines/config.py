@@ -46,7 +46,9 @@ class ImageConfig(Settings):
 
     size: PositiveInt | None = Field(None, description="Side of a fixed square in pixels; null keeps the aspect ratio.")
     patch_size: PositiveInt = Field(16, description="Side of one patch in pixels.")
-    pooling: PositiveInt = Field(3, description="pooling x pooling patches become one soft token.")
+    pooling: int = Field(
+        3, ge=2, description="pooling x pooling patches become one soft token (transformers' Gemma4 breaks on 1)."
+    )
     max_soft_tokens: Literal[70, 140, 280, 560, 1120] = Field(70, description="Most soft tokens one image may take.")
     max_pixels: PositiveInt = Field(64_000_000, description="An image that declares more is refused unread.")
 

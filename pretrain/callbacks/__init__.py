@@ -1,0 +1,48 @@
+"""What hangs on the loop: the loop knows steps, everything optional is a callback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did; the fields of a line in metrics.jsonl."""
+
+    step: int
+    epoch: float
+    samples_seen: int
+    loss: float
+    loss_hex: str
+    loss_text: float | None
+    loss_align: float | None
+    loss_image: float | None
+    loss_audio: float | None
+    lr: float
+    grad_norm: float | None
+    logit_scale: float
+    samples_per_second: float
+    tokens_per_second: float
+    data_wait_fraction: float
+    step_seconds: float
+    rss_bytes: int
+
+
+class Callback:
+    """Base of all callbacks. Every rank calls every method, in the same order."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """After the model and a checkpoint are loaded, before the first step."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """After an optimizer step."""
+
+    def on_checkpoint(self, trainer: Trainer, path: Any) -> None:
+        """After a checkpoint is whole."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step of this process, whatever ended it in good order."""

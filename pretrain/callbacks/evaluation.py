@@ -1,0 +1,56 @@
+"""Evaluate during the run and at its end; results go to `eval/`, and to TensorBoard where it is on."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.callbacks import Callback, StepRecord
+from pretrain.evaluate import evaluate, summary_line
+
+if TYPE_CHECKING:
+    from data_pipelines.dataset import Dataset
+    from pretrain.trainer import Trainer
+
+
+class Evaluation(Callback):
+    """Runs `evaluate` on all ranks every `evaluation.every_steps` steps and after the last step."""
+
+    def __init__(self, dataset: Dataset, tokenizer: Any) -> None:
+        self._dataset = dataset
+        self._tokenizer = tokenizer
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        config = trainer.config
+        every = config.evaluation.every_steps
+        last = record.step == config.train.max_steps
+        if not last and not (every and record.step % every == 0):
+            return
+        engine = trainer.engine
+        engine.module.eval()
+        results = evaluate(
+            engine.model,
+            config,
+            self._dataset,
+            self._tokenizer,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            device=engine.device,
+        )
+        engine.module.train()
+        results["step"] = record.step
+        if engine.is_main:
+            folder = trainer.run_dir / "eval"
+            folder.mkdir(exist_ok=True)
+            _write(folder / f"step-{record.step:08d}.json", results)
+            _write(folder / "results.json", results)
+            print(f"evaluation at step {record.step}: {summary_line(results)}", file=sys.stderr, flush=True)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(value, indent=1))
+    os.replace(fresh, path)

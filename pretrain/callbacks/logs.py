@@ -1,0 +1,142 @@
+"""Logs of a run: metrics.jsonl, TensorBoard, a progress bar on a terminal and plain lines elsewhere. Rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.callbacks import Callback, StepRecord
+
+if TYPE_CHECKING:
+    from pretrain.trainer import Trainer
+
+_CHARTS = {
+    "loss/total": "loss",
+    "loss/text": "loss_text",
+    "loss/align": "loss_align",
+    "loss/image": "loss_image",
+    "loss/audio": "loss_audio",
+    "optimizer/learning_rate": "lr",
+    "optimizer/grad_norm": "grad_norm",
+    "align/logit_scale": "logit_scale",
+    "speed/samples_per_second": "samples_per_second",
+    "speed/tokens_per_second": "tokens_per_second",
+    "speed/data_wait_fraction": "data_wait_fraction",
+    "memory/rss_bytes": "rss_bytes",
+}
+
+
+class MetricsFile(Callback):
+    """One JSON object a step in metrics.jsonl. A resume first drops the lines that its checkpoint has not seen."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        if not trainer.engine.is_main:
+            return
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= trainer.step]
+            fresh = self._path.with_suffix(".new")
+            fresh.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(fresh, self._path)
+        self._file = self._path.open("a", buffering=1)
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(asdict(record)) + "\n")
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoard(Callback):
+    """TensorBoard scalars under `tensorboard/`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.engine.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=trainer.step + 1)
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if self._writer is None:
+            return
+        for chart, field in _CHARTS.items():
+            value = getattr(record, field)
+            if value is not None:
+                self._writer.add_scalar(chart, value, record.step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Console(Callback):
+    """A rich progress bar on a terminal, one plain line every few steps elsewhere; on standard error."""
+
+    def __init__(self, every_steps: int) -> None:
+        self._every_steps = every_steps
+        self._bar: Any = None
+        self._task: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        if not (trainer.engine.is_main and sys.stderr.isatty()):
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"),
+        )
+        self._bar = Progress(*columns, console=RichConsole(stderr=True))
+        self._bar.start()
+        self._task = self._bar.add_task("train", total=trainer.config.train.max_steps, completed=trainer.step, line="")
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if not trainer.engine.is_main:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record.step, line=_line(record))
+        elif record.step % self._every_steps == 0 or record.step == trainer.config.train.max_steps:
+            print(f"step {record.step}/{trainer.config.train.max_steps}  {_line(record)}", file=sys.stderr, flush=True)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; a torn last line counts as infinitely late."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def _line(record: StepRecord) -> str:
+    losses = {
+        "text": record.loss_text,
+        "align": record.loss_align,
+        "image": record.loss_image,
+        "audio": record.loss_audio,
+    }
+    parts = "  ".join(f"{name} {value:.3f}" for name, value in losses.items() if value is not None)
+    return (
+        f"loss {record.loss:.4f}  {parts}  lr {record.lr:.2e}  {record.samples_per_second:.0f} samples/s  "
+        f"data wait {record.data_wait_fraction:.0%}"
+    )

@@ -1,0 +1,267 @@
+"""accelerate and DeepSpeed: the only file that knows either.
+
+The DeepSpeed config is derived from ours, with numbers. What is worked around here was measured on DeepSpeed 0.19.8 and
+accelerate 1.15.0: a gloo backend must be named or every rank believes that it is alone; DeepSpeed compiles a
+shared-memory op with gcc at start, which only inference uses and whose lock a killed process leaves behind; weights-only
+loading must be forced, because DeepSpeed loads pickles.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipelines.errors import BadInput
+from pretrain.config import Config
+from pretrain.model.backbones import family
+
+_NO_DECAY = ("norm", "logit_scale", "logit_bias", "per_dim_scale", "position_embedding_table", ".token")
+
+
+def prepare_environment() -> None:
+    """Set what must be in the environment before torch's and accelerate's state exists. Harmless where it is set.
+
+    One process without a launcher becomes a world of one, so that every path below is the same.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if not torch.cuda.is_available():
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    for name in ("deepspeed", "DeepSpeed", "accelerate", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def global_rank() -> int:
+    """This process's rank as the launcher says it, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def global_world_size() -> int:
+    """Number of ranks as the launcher says it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Engine:
+    """One rank's hold on the process group, the wrapped model and its optimizer."""
+
+    def __init__(self, config: Config) -> None:
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+            raise BadInput(
+                "accelerate was started with --cpu, which silently drops DeepSpeed: use `accelerate launch --use_deepspeed`"
+            )
+        _check_device(config)
+        import deepspeed
+        from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+        from deepspeed.utils import logger as deepspeed_logger
+
+        deepspeed_logger.setLevel(logging.ERROR)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.config = config
+        self.accumulation = accumulation_steps(config, global_world_size())
+        on_gpu = torch.cuda.is_available()
+        timeout = timedelta(seconds=config.engine.collective_timeout_seconds)
+        self._accelerator = Accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, global_world_size())),
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timeout)],
+        )
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        if not self.world_size == self._accelerator.num_processes == global_world_size():
+            raise RuntimeError(
+                f"accelerate sees {self._accelerator.num_processes} processes, torch.distributed {self.world_size}, "
+                f"the launcher {global_world_size()}"
+            )
+        if self._accelerator.distributed_type.value != "DEEPSPEED":
+            raise RuntimeError(f"accelerate runs {self._accelerator.distributed_type.value} instead of DeepSpeed")
+        self.device = self._accelerator.device
+        self.module: Any = None
+        self._optimizer: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0."""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module) -> None:
+        """Wrap a model; afterwards `module` is DeepSpeed's engine around it."""
+        groups = parameter_groups(model, self.config)
+        train = self.config.train
+        optimizer = torch.optim.AdamW(
+            groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=True
+        )
+        self.module, self._optimizer = self._accelerator.prepare(model, optimizer)
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self.module.module
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate this rank's share of a loss that is a sum over ranks and micro-batches.
+
+        DeepSpeed divides by the accumulation steps and averages over ranks; both are undone here.
+        """
+        self.module.backward(loss * (self.world_size * self.accumulation))
+
+    def step(self, learning_rate: float) -> None:
+        """After each micro-batch: at the last one of a step, reduce, clip and update."""
+        for group in self.module.optimizer.param_groups:
+            group["lr"] = learning_rate * group["scale"]
+        self.module.step()
+
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's whole gradient, before clipping."""
+        norm = self.module.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sum over ranks, in float64 and rank order on CPU."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return list(total.tolist())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value of every rank, on every rank."""
+        out: list[Any] = [None] * self.world_size
+        dist.all_gather_object(out, value)
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's files of this rank below `folder` (all ranks call it)."""
+        # `universal_checkpoint_info` lets DeepSpeed's converter change the world size later.
+        self.module.save_checkpoint(str(folder), tag="state", client_state={"universal_checkpoint_info": {}})
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, weights-only (all ranks call it)."""
+        _allow_deepspeed_classes()
+        path, _ = self.module.load_checkpoint(str(folder), tag="state", load_lr_scheduler_states=False)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches a rank a step.
+
+    Raises:
+        BadInput: the global batch does not divide by the world, or the rank's share by the micro-batch.
+    """
+    batch = config.data.global_batch
+    if batch % world_size:
+        raise BadInput(f"data.global_batch {batch} does not divide by the {world_size} ranks of this run")
+    share = batch // world_size
+    micro = config.data.micro_batch or share
+    if share % micro:
+        raise BadInput(
+            f"data.micro_batch {micro} does not divide a rank's share of the batch, {share} "
+            f"(data.global_batch {batch} over {world_size} ranks)"
+        )
+    return share // micro
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's config of a run: every value a number, never "auto"."""
+    engine = config.engine
+    accumulation = accumulation_steps(config, world_size)
+    bucket = engine.bucket_mb * 1_000_000 // 4
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if engine.zero_stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": bucket // 10, "stage3_param_persistence_threshold": 10_000}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_batch_size": config.data.global_batch,
+        "train_micro_batch_size_per_gpu": config.data.global_batch // world_size // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.train.clip_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Optimizer groups: one for each (part, with or without decay). Norms, biases, scalars and tokens do not decay.
+
+    Each group carries `scale`, the factor on the schedule's learning rate.
+    """
+    part = family(config.model.family).part
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        where = part(name.removeprefix("backbone.")) if name.startswith("backbone.") else "heads"
+        decays = parameter.ndim > 1 and not any(word in name for word in _NO_DECAY)
+        groups.setdefault((where, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.train.weight_decay if decays else 0.0,
+            "scale": config.train.learning_rate_scale.get(where, 1.0),  # type: ignore[call-overload]
+        }
+        for (where, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _check_device(config: Config) -> None:
+    if config.engine.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise BadInput(
+            f"engine.precision bf16: {torch.cuda.get_device_name()} has no bf16; use --set engine.precision=fp32"
+        )
+
+
+def _allow_deepspeed_classes() -> None:
+    """The four classes that a DeepSpeed checkpoint needs when nothing else may be unpickled."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    safe: Iterable[Any] = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)
+    torch.serialization.add_safe_globals(list(safe))

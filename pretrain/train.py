@@ -1,0 +1,176 @@
+"""The program that `accelerate launch -m pretrain.train CONFIG` starts, once a rank.
+
+Exit status: 0 done; 1 a fault of ours; 2 bad input, said in one line by rank 0; 75 stopped on purpose with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import BadInput
+from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
+
+DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one rank and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain.train",
+        description="Pretrain from one YAML config, as one rank of an accelerate launch.",
+        epilog="example: accelerate launch --use_deepspeed --num_processes 2 -m pretrain.train configs/digits.yaml",
+    )
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (auto)")
+    options = parser.parse_args(arguments)
+    prepare_environment()
+    try:
+        return DONE if train(options.config, options.set, options.resume) else STOPPED
+    except BadInput as error:
+        if global_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        print(f"rank {global_rank()}:\n{traceback.format_exc()}", file=sys.stderr)
+        return FAULT
+
+
+def train(config_path: str, overrides: Sequence[str], resume: str) -> bool:
+    """Train as `config_path` says.
+
+    Returns:
+        True when the last step is done, false when stopped on purpose with a checkpoint saved.
+    """
+    from pretrain.config import dump_config, load_config
+
+    config = load_config(config_path, overrides)
+    accumulation_steps(config, global_world_size())
+    run_dir = Path(config.run.dir)
+    if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
+        raise BadInput(f"{run_dir} holds checkpoints and --resume is never: use another run.dir, or --resume auto")
+    if global_rank() == 0:
+        build_datasets(config)
+
+    from data_pipelines import open_dataset
+    from data_pipelines.loader import build_loader
+    from data_pipelines.tokenizer import make_tokenizer
+    from pretrain import checkpoint
+    from pretrain.callbacks.evaluation import Evaluation
+    from pretrain.callbacks.logs import Console, MetricsFile, TensorBoard
+    from pretrain.model.omni import OmniPretrainer
+    from pretrain.trainer import Trainer, different_setting
+
+    engine = Engine(config)
+    engine.barrier()
+    try:
+        if engine.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        start, passed = find_start(run_dir, resume, engine)
+        for bad in passed:
+            if engine.is_main:
+                print(f"passed over {bad.path}: {bad.reason}", file=sys.stderr)
+        tokenizer = make_tokenizer(config)
+        engine.prepare(OmniPretrainer.build(config, tokenizer))
+        state: dict[str, Any] = {}
+        if start is not None:
+            old = json.loads((start / "trainer.json").read_text())["config"]
+            difference = different_setting(old, config)
+            if difference:
+                raise BadInput(f"{start.name} was made with another config: {difference}; use another run.dir")
+            state = checkpoint.load(engine, start)
+        step = int(state.get("step", 0))
+        loader = build_loader(config, engine.rank, engine.world_size, start_step=step)
+        data_state = loader.state(step)
+        if state:
+            loader.check_state(state["data"])
+        run_id = write_run_files(run_dir, dump_config(config), engine, step) if engine.is_main else ""
+        run_id = engine.gather_objects(run_id)[0]
+
+        callbacks: list[Any] = [MetricsFile(run_dir / "metrics.jsonl"), Console(config.logging.every_steps)]
+        if config.logging.tensorboard:
+            callbacks.append(TensorBoard(run_dir / "tensorboard"))
+        if config.data.eval is not None:
+            callbacks.append(Evaluation(open_dataset(config.data.eval_sources[0].path), tokenizer))
+        trainer = Trainer(config, engine, run_dir, run_id, loader.samples_an_epoch, callbacks, data_state)
+        trainer.step = step
+        if engine.is_main and start is not None:
+            print(f"resuming from {start} at step {step}", file=sys.stderr)
+        return trainer.run(iter(loader))
+    finally:
+        engine.close()
+
+
+def build_datasets(config: Any) -> None:
+    """Build the datasets of `data.build` that are not there yet."""
+    from data_pipelines.build import build_dataset
+
+    for wanted in config.data.build:
+        build_dataset(wanted.source, Path(wanted.out), split=wanted.split, shard_size=wanted.shard_size)
+
+
+def find_start(run_dir: Path, resume: str, engine: Engine) -> tuple[Path | None, list[Any]]:
+    """The checkpoint to start from, agreed on by all ranks, and the invalid ones passed over."""
+    from pretrain import checkpoint
+
+    answer: tuple[Path | None, list[Any], str | None] = (None, [], None)
+    if engine.is_main and resume == "auto":
+        found, passed = checkpoint.find_latest(run_dir)
+        answer = (found.path if found else None, passed, None)
+    elif engine.is_main and resume != "never":
+        reason = checkpoint.verify(Path(resume)) if Path(resume).is_dir() else "there is no such directory"
+        answer = (Path(resume), [], f"--resume {resume}: {reason}" if reason else None)
+    start, passed, problem = engine.gather_objects(answer)[0]
+    if problem:
+        raise BadInput(problem)
+    return start, passed
+
+
+def write_run_files(run_dir: Path, config_text: str, engine: Engine, step: int) -> str:
+    """Write config.yaml and run.json; returns the run's id, which is kept over restarts."""
+    path = run_dir / "run.json"
+    run = json.loads(path.read_text()) if path.exists() else {}
+    if not run:
+        run = {"run_id": secrets.token_hex(8), "created": time.time(), "restarts": 0, "world_sizes": [], "starts": []}
+    elif step:
+        run["restarts"] += 1
+    run["world_sizes"].append(engine.world_size)
+    run["starts"].append({"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)})
+    run["versions"] = versions()
+    for name, text in (("config.yaml", config_text), ("run.json", json.dumps(run, indent=1))):
+        fresh = run_dir / f".{name}.new"
+        fresh.write_text(text)
+        os.replace(fresh, run_dir / name)
+    return str(run["run_id"])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("triptych", "torch", "deepspeed", "accelerate", "transformers", "webdataset", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Interpreter shutdown may hang on DeepSpeed's and gloo's threads; everything is on disk by now.
+    os._exit(status)

@@ -1,0 +1,258 @@
+"""The loop.
+
+One optimizer step: take this rank's share of the global batch, cut it into micro-batches, plan them (rows, masks,
+counts), sum the counts over ranks, and backpropagate each loss divided by its global count. With more than one
+micro-batch the contrastive loss still sees the whole global batch: embeddings are made first without gradient, the
+loss's gradient with respect to them is cached, and each micro-batch then backpropagates its part (GradCache, Gao et al.,
+2021). Losses therefore do not depend on world size or accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from data_pipelines.config import Settings
+from pretrain import checkpoint
+from pretrain.callbacks import Callback, StepRecord
+from pretrain.config import Config
+from pretrain.engine import Engine
+from pretrain.model.omni import Plan
+from pretrain.objectives import joint
+from pretrain.objectives.align import Embeddings, align_loss
+from pretrain.schedule import learning_rate
+
+_LOCAL_COUNTS = ("text", "image", "audio")
+
+
+class Trainer:
+    """One rank's training state: what has been done and what comes next."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        run_dir: Path,
+        run_id: str,
+        samples_an_epoch: int,
+        callbacks: list[Callback],
+        data_state: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.run_dir = run_dir
+        self.run_id = run_id
+        self.samples_an_epoch = samples_an_epoch
+        self.callbacks = callbacks
+        self.data_state = data_state
+        self.step = 0
+        self._stop_wanted = False
+
+    def run(self, batches: Iterator[dict[str, Any]]) -> bool:
+        """Train to the last step, or until a signal asks to stop.
+
+        Returns:
+            True when all steps are done, false when stopped on purpose with a checkpoint saved.
+        """
+        self._catch_signals()
+        for callback in self.callbacks:
+            callback.on_start(self)
+        self.engine.module.train()
+        saved_step = self.step
+        stopped = False
+        while self.step < self.config.train.max_steps and not stopped:
+            record, stopped = self._one_step(batches)
+            for callback in self.callbacks:
+                callback.on_step(self, record)
+            done = self.step == self.config.train.max_steps
+            if done or stopped or self.step % self.config.checkpoint.every_steps == 0:
+                self._save()
+                saved_step = self.step
+        if saved_step != self.step:
+            self._save()
+        for callback in self.callbacks:
+            callback.on_end(self)
+        return not stopped
+
+    def _one_step(self, batches: Iterator[dict[str, Any]]) -> tuple[StepRecord, bool]:
+        started = time.perf_counter()
+        batch = next(batches)
+        data_wait = time.perf_counter() - started
+
+        micro_batches = split(batch, self.engine.accumulation)
+        plans = [self.engine.model.plan(micro) for micro in micro_batches]
+        local = [float(sum(plan.counts[name] for plan in plans)) for name in _LOCAL_COUNTS]
+        tokens = float(sum(plan.num_tokens for plan in plans))
+        *summed, all_tokens, stop = self.engine.sum([*local, tokens, float(self._stop_wanted)])
+        counts = {name: int(value) for name, value in zip(_LOCAL_COUNTS, summed, strict=True)}
+
+        rate = learning_rate(self.step, self.config.train)
+        sums, counts, scale = self._backward(micro_batches, plans, counts, rate)
+        loss, parts = joint.means(sums, counts, self.config.losses)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {self.step + 1} is {loss}: {parts}")
+
+        self.step += 1
+        seconds = time.perf_counter() - started
+        global_batch = self.config.data.global_batch
+        record = StepRecord(
+            step=self.step,
+            epoch=self.step * global_batch / self.samples_an_epoch,
+            samples_seen=self.step * global_batch,
+            loss=loss,
+            loss_hex=loss.hex(),
+            loss_text=parts["text"],
+            loss_align=parts["align"],
+            loss_image=parts["image"],
+            loss_audio=parts["audio"],
+            lr=rate,
+            grad_norm=self.engine.grad_norm(),
+            logit_scale=scale,
+            samples_per_second=global_batch / seconds,
+            tokens_per_second=all_tokens / seconds,
+            data_wait_fraction=data_wait / seconds,
+            step_seconds=seconds,
+            rss_bytes=psutil.Process().memory_info().rss,
+        )
+        return record, stop > 0
+
+    def _backward(
+        self, micro_batches: list[dict[str, Any]], plans: list[Plan], counts: dict[str, int], rate: float
+    ) -> tuple[dict[str, float], dict[str, int], float]:
+        """Forward, backward and update of one step -> global loss sums, all counts, logit scale."""
+        cached = self._cached_alignment(micro_batches, plans) if len(micro_batches) > 1 else None
+        totals = dict.fromkeys(joint.NAMES, 0.0)
+        for i, (micro, plan) in enumerate(zip(micro_batches, plans, strict=True)):
+            output = self.engine.module(micro, plan)
+            if cached is None:
+                align, pairs = align_loss(output.embeddings, self.config.objectives)
+                totals["align"] = float(align.detach())
+            else:
+                align, pairs = cached.surrogate(output.embeddings, i), cached.pairs
+                totals["align"] = cached.loss
+            scale = float(output.embeddings.scale.detach())
+            sums = {"text": output.text, "image": output.image, "audio": output.audio, "align": align}
+            counts["align"] = pairs
+            self.engine.backward(joint.weighted_sum(sums, counts, self.config.losses))
+            for name in _LOCAL_COUNTS:
+                totals[name] += float(sums[name].detach())
+            self.engine.step(rate)
+        summed = self.engine.sum([totals[name] for name in joint.NAMES])
+        return dict(zip(joint.NAMES, summed, strict=True)), counts, scale
+
+    def _cached_alignment(self, micro_batches: list[dict[str, Any]], plans: list[Plan]) -> CachedAlignment:
+        with torch.no_grad():
+            found = [
+                self.engine.module(micro, plan).embeddings for micro, plan in zip(micro_batches, plans, strict=True)
+            ]
+        return CachedAlignment(found, self.config)
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "samples_consumed": self.step * self.config.data.global_batch,
+            "data": self.data_state,
+            "config": self.config.model_dump(mode="json"),
+        }
+        keep = self.config.checkpoint.keep_last
+        path = checkpoint.save(self.engine, self.run_dir, self.step, state, self.run_id, keep)
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, path)
+
+    def _catch_signals(self) -> None:
+        def ask_to_stop(signum: int, frame: Any) -> None:
+            if self._stop_wanted and signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop_wanted = True
+
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, ask_to_stop)
+
+
+class CachedAlignment:
+    """The alignment loss of a whole step, and its gradient with respect to each micro-batch's embeddings."""
+
+    def __init__(self, found: list[Embeddings], config: Config) -> None:
+        def leaf(x: Tensor) -> Tensor:
+            return x.detach().clone().requires_grad_()
+
+        names = found[0].vectors
+        self._vectors = [{name: leaf(part.vectors[name]) for name in names} for part in found]
+        self._scale, self._bias = leaf(found[0].scale), leaf(found[0].bias)
+        whole = Embeddings(
+            vectors={name: torch.cat([part[name] for part in self._vectors]) for name in names},
+            present={name: torch.cat([part.present[name] for part in found]) for name in names},
+            scale=self._scale,
+            bias=self._bias,
+        )
+        loss, self.pairs = align_loss(whole, config.objectives)
+        loss.backward()
+        self.loss = float(loss.detach())
+
+    def surrogate(self, live: Embeddings, index: int) -> Tensor:
+        """A scalar whose gradient is the alignment loss's gradient through micro-batch `index`."""
+        total = 0.0 * (live.scale.sum() + live.bias.sum())
+        if index == 0:
+            total = total + (live.scale * self._scale.grad).sum() + (live.bias * self._bias.grad).sum()
+        for name, vector in live.vectors.items():
+            total = total + (vector * self._vectors[index][name].grad).sum()
+        return total
+
+
+def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+    """Cut a rank's share into `parts` equal micro-batches, in order."""
+    if parts == 1:
+        return [batch]
+    size = len(batch["keys"])
+    each = size // parts
+
+    def piece(value: Any, i: int) -> Any:
+        return value[i * each : (i + 1) * each] if isinstance(value, (list, Tensor)) and len(value) == size else value
+
+    return [{name: piece(value, i) for name, value in batch.items()} for i in range(parts)]
+
+
+FREE_SETTINGS = (
+    "run.dir",
+    "run.name",
+    "run.stop_before",
+    "data.train",
+    "data.eval",
+    "data.build",
+    "data.num_workers",
+    "data.worker_type",
+    "data.prefetch",
+    "checkpoint",
+    "evaluation",
+    "logging",
+    "supervisor",
+    "slurm",
+    "engine.collective_timeout_seconds",
+    "engine.bucket_mb",
+)
+"""Settings that a resume may change. Data folders may move: the data's fingerprint is compared instead."""
+
+
+def different_setting(old: dict[str, Any], new: Settings) -> str | None:
+    """The first setting, as `key: old -> new`, that differs and may not, or null."""
+
+    def walk(before: Any, after: Any, path: str) -> str | None:
+        if path in FREE_SETTINGS:
+            return None
+        if isinstance(before, dict) and isinstance(after, dict):
+            for key in sorted(before.keys() | after.keys()):
+                found = walk(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
+                if found:
+                    return found
+            return None
+        return None if before == after else f"{path}: {before} -> {after}"
+
+    return walk(old, new.model_dump(mode="json"), "")
