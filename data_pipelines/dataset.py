@@ -1,8 +1,8 @@
 """A dataset folder: `dataset.json`, tars, and one index a tar.
 
 `open_dataset` reads dataset.json alone; a shard's index is memory-mapped and its tar opened when a sample of it is
-first asked for. A `Dataset` may be pickled, forked and shared between threads: reads are by offset, and what is cached can be
-made again.
+first asked for. A `Dataset` may be pickled, forked and shared between threads: reads are by offset, and what is cached
+can be made again.
 """
 
 from __future__ import annotations

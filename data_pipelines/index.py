@@ -195,21 +195,20 @@ class _Grouper:
                 after.refuse(gap.name, gap.reason, gap.detail)
                 if before is not None:
                     before.gap_after = None
-        # A group beside a gap is whole unless it could be the beginning (or the end) of a longer one.
-        whole = {tuple(g.members) for g in self.groups if not (g.fault or g.gap_before or g.gap_after)}
+        # Writers keep the members of a sample in one order. So a group that ends at a gap is whole if what it ends with
+        # always comes last in this tar, and one that begins there if what it begins with always comes first.
+        whole = [tuple(g.members) for g in self.groups if g.members and not (g.fault or g.gap_before or g.gap_after)]
         for group in self.groups:
             names = tuple(group.members)
-            for gap, is_part in ((group.gap_after, _is_head), (group.gap_before, _is_tail)):
-                if gap is not None and (not whole or any(is_part(names, longer) for longer in whole)):
-                    group.refuse(gap.name, gap.reason, f"{gap.detail}; the sample beside it may have lost members")
+            for gap, end in ((group.gap_after, -1), (group.gap_before, 0)):
+                if gap is None or (names and _always_at(names[end], end, whole)):
+                    continue
+                group.refuse(gap.name, gap.reason, f"{gap.detail}; the sample beside it may have lost members")
 
 
-def _is_head(names: tuple[str, ...], longer: tuple[str, ...]) -> bool:
-    return len(names) < len(longer) and longer[: len(names)] == names
-
-
-def _is_tail(names: tuple[str, ...], longer: tuple[str, ...]) -> bool:
-    return len(names) < len(longer) and longer[len(longer) - len(names) :] == names
+def _always_at(extension: str, end: int, whole: list[tuple[str, ...]]) -> bool:
+    places = [names[end] == extension for names in whole if extension in names]
+    return bool(places) and all(places)
 
 
 def index_shard(tar: Path) -> ShardIndex:

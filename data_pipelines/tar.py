@@ -78,8 +78,10 @@ def open_tar(path: Path) -> int:
                 raise BadInput(f"{path}: this is a {kind} file, not a plain tar; unpack it first ({command})")
         if len(head) < BLOCK:
             raise BadInput(f"{path}: not a tar ({status.st_size} bytes, shorter than one header)")
-        if head[257:262] != b"ustar" and head.count(0) != BLOCK and not _checksum_holds(head):
-            raise BadInput(f"{path}: not a tar (the first block is no tar header)")
+        sound = head.count(0) == BLOCK or _checksum_holds(head)
+        # A tar whose first header is damaged still has others.
+        if not sound and _next_header(descriptor, BLOCK, status.st_size) >= status.st_size:
+            raise BadInput(f"{path}: not a tar (there is no tar header in it)")
     except BaseException:
         os.close(descriptor)
         raise
@@ -232,7 +234,8 @@ def walk(descriptor: int) -> Iterator[Member | Damage]:
         except (_BadHeader, UnicodeDecodeError) as error:
             guess = _header_name(header) if kind in _REGULAR else None
             yield Damage(guess, "header", f"{error} at byte {position}", gap=True)
-            position, long_name, pax = _after_bad_header(descriptor, header, position, end), None, {}
+            # Its size is not to be trusted either: with a flipped bit there it may lead past several samples.
+            position, long_name, pax = _next_header(descriptor, position + BLOCK, end), None, {}
             continue
 
         name = pax.get("path") or long_name or _header_name(header)
@@ -267,19 +270,3 @@ def walk(descriptor: int) -> Iterator[Member | Damage]:
         else:
             yield Member(name, data_start, size)
         position = data_start + _padded(size)
-
-
-def _after_bad_header(descriptor: int, header: bytes, position: int, end: int) -> int:
-    """Where to go on: behind the member if its size still leads to a sound header, else the next sound header.
-
-    Trusting the size first keeps a tar that lies inside a member from being read as part of this one.
-    """
-    try:
-        behind = position + BLOCK + _padded(_number(header[124:136]))
-    except _BadHeader:
-        behind = end
-    if behind < end:
-        block = os.pread(descriptor, BLOCK, behind)
-        if len(block) == BLOCK and (block.count(0) == BLOCK or _checksum_holds(block)):
-            return behind
-    return _next_header(descriptor, position + BLOCK, end)

@@ -1,0 +1,287 @@
+"""The index tells the truth about good tars and never keeps a part of a sample from a bad one."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.errors import BadInput
+from data_pipelines.headers import image_size
+from data_pipelines.index import ShardIndex, index_shard
+from data_pipelines.shard import Sample, write_shard
+from data_pipelines.tar import BLOCK
+from tests.data_pipelines.tuples import encode_image, tuple_sample
+
+MIXED = ["", "audio", "", "image", "", "text", "", ""]
+
+
+def members_of(path: Path) -> dict[str, dict[str, bytes]]:
+    """Key -> member -> bytes, as the index finds them."""
+    index, raw = index_shard(path), path.read_bytes()
+    found: dict[str, dict[str, bytes]] = {}
+    for row, key in enumerate(index.keys()):
+        assert key not in found
+        spans = {m: (int(index[f"{m}_offset"][row]), int(index[f"{m}_size"][row])) for m in ("image", "text", "audio")}
+        found[key] = {m: raw[offset : offset + size] for m, (offset, size) in spans.items() if size >= 0}
+    return found
+
+
+@pytest.fixture(params=["equal", "mixed"])
+def tar(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Eight samples: all with three modalities, or some with two."""
+    missing = MIXED if request.param == "mixed" else [""] * 8
+    path = tmp_path / "shard.tar"
+    write_shard((tuple_sample(n, missing=what) for n, what in enumerate(missing)), path)
+    return path
+
+
+def test_every_member_is_found(tar: Path) -> None:
+    index = index_shard(tar)
+    assert index.quarantined == ()
+    for row, (key, found) in enumerate(members_of(tar).items()):
+        sample = tuple_sample(row)
+        assert key == sample.key
+        whole = {"image": sample.image, "text": (sample.text or "").encode(), "audio": sample.audio}
+        assert len(found) >= 2 and all(whole[modality] == data for modality, data in found.items())
+    total = sum(len(found) for found in members_of(tar).values())
+    assert total == sum(index.count(modality) for modality in ("image", "text", "audio"))
+    there = index["image_size"] >= 0
+    assert (index["width"][there] == 28).all() and (index["width"][~there] == 0).all()
+    there = index["audio_size"] >= 0
+    lengths = np.array([(3000 + 40 * n) / 8000 for n in range(8)], dtype=np.float32)
+    np.testing.assert_allclose(index["audio_seconds"], np.where(there, lengths, 0), rtol=1e-6)
+
+
+def test_save_and_load(tar: Path, tmp_path: Path) -> None:
+    index = index_shard(tar)
+    index.save(tmp_path / "x.arrow", 123, "ab")
+    loaded = ShardIndex.load(tmp_path / "x.arrow")
+    assert (loaded.keys(), loaded.num_bytes, loaded.sha256) == (index.keys(), 123, "ab")
+    np.testing.assert_array_equal(loaded["text_offset"], index["text_offset"])
+    for content in (b"", b"ARROW1 nonsense", (tmp_path / "x.arrow").read_bytes()[:-30]):
+        (tmp_path / "bad.arrow").write_bytes(content)
+        with pytest.raises(BadInput, match="bad.arrow"):
+            ShardIndex.load(tmp_path / "bad.arrow")
+
+
+def test_every_cut_keeps_whole_samples_only(tar: Path, tmp_path: Path) -> None:
+    truth, raw, cut_file = members_of(tar), tar.read_bytes(), tmp_path / "cut.tar"
+    index = index_shard(tar)
+    ends = {
+        key: max(int(index[f"{m}_offset"][row] + index[f"{m}_size"][row]) for m in ("image", "text", "audio", "json"))
+        for row, key in enumerate(index.keys())
+    }
+    end_of_data = max(ends.values())
+    for cut in range(BLOCK, end_of_data + 2 * BLOCK, BLOCK // 2):
+        cut_file.write_bytes(raw[:cut])
+        kept, quarantined = members_of(cut_file), index_shard(cut_file).quarantined
+        assert all(truth[key] == members for key, members in kept.items()), cut
+        whole = [key for key, end in ends.items() if end <= cut]
+        # The one just before the cut may be given up where it could be the beginning of a longer one.
+        assert set(whole[:-1]) <= set(kept) <= set(whole), cut
+        assert quarantined or len(kept) == 8, cut
+
+
+def test_cuts_between_equal_samples_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(map(tuple_sample, range(4)), path)
+    raw, index = path.read_bytes(), index_shard(path)
+    next_start = int(index["audio_offset"][3]) - BLOCK
+    path.write_bytes(raw[:next_start])
+    assert index_shard(path).keys() == index.keys()[:3]
+    assert [line.reason for line in index_shard(path).quarantined] == ["truncated"]
+
+
+def test_flipped_header_bytes_cost_one_sample(tar: Path, tmp_path: Path) -> None:
+    truth, raw, bad_file = members_of(tar), tar.read_bytes(), tmp_path / "bad.tar"
+    with tarfile.open(tar) as opened:
+        headers = [member.offset for member in opened]
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        bad = bytearray(raw)
+        bad[int(random.choice(headers)) + int(random.integers(BLOCK))] ^= 1 << int(random.integers(8))
+        bad_file.write_bytes(bad)
+        kept, quarantined = members_of(bad_file), index_shard(bad_file).quarantined
+        assert all(truth[key] == members for key, members in kept.items())
+        assert quarantined and len(kept) >= 6
+
+
+def test_flipped_header_bytes_of_equal_samples_cost_exactly_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(map(tuple_sample, range(5)), path)
+    raw = path.read_bytes()
+    with tarfile.open(path) as opened:
+        header = next(m.offset for m in opened if m.name == "sample-00002.png")
+    for byte in (0, 100, 124, 136, 148, 156, 257, 400):
+        bad = bytearray(raw)
+        bad[header + byte] ^= 0x55
+        path.write_bytes(bad)
+        index = index_shard(path)
+        assert index.keys() == [f"sample-{n:05d}" for n in (0, 1, 3, 4)], byte
+        assert [line.key for line in index.quarantined] == ["sample-00002"]
+
+
+def test_a_zeroed_page_does_not_end_the_tar(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(map(tuple_sample, range(6)), path)
+    truth, raw = members_of(path), bytearray(path.read_bytes())
+    with tarfile.open(path) as opened:
+        header = next(m.offset for m in opened if m.name == "sample-00002.flac")
+        end = next(m.offset for m in opened if m.name == "sample-00003.png")
+    raw[header:end] = bytes(end - header)
+    path.write_bytes(raw)
+    with tarfile.open(path) as opened:
+        assert len(opened.getmembers()) == 8, "tarfile itself stops here"
+    kept, quarantined = members_of(path), index_shard(path).quarantined
+    assert set(kept) == {f"sample-{n:05d}" for n in (0, 1, 4, 5)}
+    assert all(truth[key] == members for key, members in kept.items())
+    assert {"zeroed"} == {line.reason for line in quarantined}
+
+
+def hostile_tar(path: Path, *members: tarfile.TarInfo | tuple[str, bytes], **options: object) -> None:
+    with tarfile.open(path, "w", **options) as tar:  # type: ignore[arg-type]
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+
+
+def special(name: str, kind: bytes, target: str = "/etc/passwd") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    info.linkname = target
+    return info
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (tarfile.SYMTYPE, "link"),
+        (tarfile.LNKTYPE, "link"),
+        (tarfile.CHRTYPE, "device"),
+        (tarfile.BLKTYPE, "device"),
+        (tarfile.FIFOTYPE, "fifo"),
+    ],
+)
+def test_special_members_are_refused(tmp_path: Path, kind: bytes, reason: str) -> None:
+    path = tmp_path / "a.tar"
+    hostile_tar(path, ("a.txt", b"fine"), ("b.txt", b"b"), special("b.jpg", kind), ("c.txt", b"fine too"))
+    index = index_shard(path)
+    assert index.keys() == ["a", "c"]
+    assert [(line.key, line.member, line.reason) for line in index.quarantined] == [("b", "b.jpg", reason)]
+
+
+@pytest.mark.parametrize("name", ["/etc/b.txt", "../b.txt", "x/../../b.txt", "b\x07.txt", "x\\b.txt"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.tar"
+    hostile_tar(path, ("a.txt", b"fine"), (name, b"b"), ("c.txt", b"fine too"))
+    index = index_shard(path)
+    assert index.keys() == ["a", "c"]
+    assert [line.reason for line in index.quarantined] == ["name"]
+
+
+def test_sparse_members_are_refused(tmp_path: Path) -> None:
+    """The 10 KB tar that tarfile reads as 2 GiB, in GNU's old format and in pax."""
+    old = special("b.jpg", b"S")
+    block = bytearray(old.tobuf(format=tarfile.GNU_FORMAT))
+    block[386:410] = b"%011o\0%011o\0" % (1 << 30, 0)
+    block[483:495] = b"%011o\0" % (1 << 31)
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))
+    good = io.BytesIO()
+    with tarfile.open(fileobj=good, mode="w") as tar:
+        for name in ("c.txt",):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"fine"))
+    (tmp_path / "old.tar").write_bytes(bytes(block) + good.getvalue())
+    pax = tarfile.TarInfo("b.jpg")
+    pax.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 31)}
+    hostile_tar(tmp_path / "pax.tar", pax, ("c.txt", b"fine"), format=tarfile.PAX_FORMAT)
+    for path in (tmp_path / "old.tar", tmp_path / "pax.tar"):
+        index = index_shard(path)
+        assert index.keys() == ["c"]
+        assert [(line.key, line.reason) for line in index.quarantined] == [("b", "sparse")]
+
+
+def test_a_size_that_lies_is_truncation(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    info = tarfile.TarInfo("b.jpg")
+    info.size = 1 << 40
+    path.write_bytes(tarfile.TarInfo("d").tobuf() + info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    index = index_shard(path)
+    assert len(index) == 0 and [line.reason for line in index.quarantined] == ["truncated"]
+
+
+def test_duplicates_folders_and_strangers(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    folder = special("d/", tarfile.DIRTYPE)
+    hostile_tar(
+        path,
+        folder,
+        ("d/a.TXT", b"x"),
+        ("d/b.txt", b"x"),
+        ("d/b.txt", b"y"),
+        ("noextension", b"x"),
+        ("d/c.json", b"{}"),
+        ("d/e.png", b"1"),
+        ("d/e.jpg", b"2"),
+        ("d/e.cls", b"3"),
+    )
+    index = index_shard(path)
+    assert index.keys() == ["d/a", "d/e"]
+    assert int(index["image_extension"][1]) == 0, "jpg is taken before png"
+    assert [(line.key, line.reason) for line in index.quarantined] == [("d/b", "duplicate"), ("d/c", "empty")]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_formats_of_other_writers(tmp_path: Path, tar_format: int) -> None:
+    path, long = tmp_path / "a.tar", "d" * 90 + "/" + "k" * 60
+    hostile_tar(path, (f"{long}.txt", b"x"), (f"{long}.jpg", b"y"), ("z.txt", b"z"), format=tar_format)
+    assert index_shard(path).keys() == [long, "z"]
+    assert index_shard(path).quarantined == ()
+
+
+def test_what_is_no_tar(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard([Sample("a", text="x")], path)
+    cases = {
+        gzip.compress(path.read_bytes()): "gzip",
+        b"": "shorter than one header",
+        b"hello": "shorter than one header",
+        b"hello world " * 100: "no tar header in it",
+        b"PK\x03\x04" + bytes(600): "zip",
+    }
+    for content, message in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=message):
+            index_shard(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BadInput, match="not a regular file"):
+        index_shard(path)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 61), (300, 200)])
+def test_image_headers(image_format: str, shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    options = {
+        "PNG": [{}],
+        "JPEG": [{}, {"progressive": True}, {"exif": b"Exif\0\0" + bytes(300)}],
+        "WEBP": [{}, {"lossless": True}, {"exif": b"Exif\0\0" + bytes(300)}],
+    }
+    for option in options[image_format]:
+        data = encode_image(pixels, image_format, **option)
+        assert image_size(data) == (image_format, shape[1], shape[0])
+        for cut in range(min(len(data), 64)):
+            image_size(data[:cut])
+    assert image_size(b"GIF89a" + bytes(30)) is None
