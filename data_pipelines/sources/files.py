@@ -1,0 +1,116 @@
+"""Files that a manifest names: found inside the allowed folders, read whole, and checked to be what they say.
+
+A manifest may come from a stranger. A path in it reaches nothing outside the manifest's own folder and the folders that
+the user allows by name, not through `..` and not through a symbolic link; pipes and devices are not opened; sizes are
+known before a byte is read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from data_pipelines.headers import audio_seconds, image_size
+from data_pipelines.shard import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
+from data_pipelines.tar import MAX_MEMBER_BYTES
+
+_EXTENSIONS = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
+_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+_FORMATS |= {"flac": "FLAC", "wav": "WAV", "mp3": "MP3", "ogg": "OGG"}
+
+
+class FileFault(Exception):
+    """A file that cannot become a member: one word to count by, and a line for people."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def check_reference(reference: str, modality: str) -> str:
+    """The member's extension, in lower case. Raises `FileFault` for a reference that no file could satisfy."""
+    if "://" in reference:
+        raise FileFault("path", f"{modality} {reference!r} is a URL; download it and give the path of the file")
+    if ".." in Path(reference).parts:
+        raise FileFault("path", f"{modality} path {reference!r} contains '..', which is refused")
+    if "\0" in reference:
+        raise FileFault("path", f"{modality} path {reference!r} contains a NUL")
+    extension = Path(reference).suffix.lower().removeprefix(".")
+    if extension not in _EXTENSIONS[modality]:
+        kinds = ", ".join(f".{known}" for known in _EXTENSIONS[modality])
+        raise FileFault("format", f"{modality} {reference!r} is none of {kinds}; convert it first")
+    return extension
+
+
+def read_member(reference: str, modality: str, folder: Path, allowed: tuple[Path, ...]) -> tuple[bytes, str]:
+    """(bytes, extension) of the file that `reference` names, relative to `folder` or absolute.
+
+    `allowed` are the further folders that files may lie in. Raises `FileFault`.
+    """
+    extension = check_reference(reference, modality)
+    path = folder / reference
+    try:
+        resolved = path.resolve(strict=True)
+    except FileNotFoundError as error:
+        raise FileFault("missing", f"{modality} file {path} does not exist") from error
+    except (OSError, RuntimeError) as error:
+        raise FileFault("unreadable", f"{modality} file {path} cannot be reached ({error})") from error
+    if not any(resolved.is_relative_to(root) for root in (folder, *allowed)):
+        raise FileFault(
+            "path",
+            f"{modality} file {resolved} lies outside the manifest's folder {folder}; "
+            f"allow it with --allow {resolved.parent}",
+        )
+    data = _read_regular(resolved, modality)
+    _check_content(data, extension, modality, path)
+    return data, extension
+
+
+def _read_regular(path: Path, modality: str) -> bytes:
+    try:
+        # A pipe without a writer would block the open for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise FileFault("unreadable", f"{modality} file {path} cannot be read ({error.strerror})") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileFault("type", f"{modality} file {path} is not a regular file")
+        if status.st_size > MAX_MEMBER_BYTES:
+            raise FileFault(
+                "size", f"{modality} file {path} has {status.st_size} bytes; the limit is {MAX_MEMBER_BYTES}"
+            )
+        try:
+            return file.read(status.st_size)
+        except OSError as error:
+            raise FileFault("unreadable", f"{modality} file {path} cannot be read ({error.strerror})") from error
+
+
+def _check_content(data: bytes, extension: str, modality: str, path: Path) -> None:
+    if not data:
+        raise FileFault("empty", f"{modality} file {path} is empty")
+    if modality == "image":
+        size = image_size(data)
+        found = None if size is None else size[0]
+    else:
+        found = _sound_format(data)
+    expected = _FORMATS[extension]
+    if found is None:
+        raise FileFault("format", f"{modality} file {path} is no readable {expected} file")
+    if found != expected:
+        raise FileFault("format", f"{modality} file {path} holds {found}; rename it to .{found.lower()}")
+    if modality == "audio" and audio_seconds(data) <= 0:
+        raise FileFault("format", f"audio file {path} holds no sound, or its {expected} header is damaged")
+
+
+def _sound_format(data: bytes) -> str | None:
+    if data.startswith(b"fLaC"):
+        return "FLAC"
+    if data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE":
+        return "WAV"
+    if data.startswith(b"OggS"):
+        return "OGG"
+    if data.startswith(b"ID3") or (len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0):
+        return "MP3"
+    return None
