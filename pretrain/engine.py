@@ -78,6 +78,7 @@ class Engine:
         import deepspeed
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
         from deepspeed.utils import logger as deepspeed_logger
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         deepspeed_logger.setLevel(logging.ERROR)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -89,6 +90,8 @@ class Engine:
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, global_world_size())),
             kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timeout)],
         )
+        # With ZeRO-3 transformers would now build models already cut into pieces, and draw other initial weights.
+        unset_hf_deepspeed_config()
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         if not self.world_size == self._accelerator.num_processes == global_world_size():
@@ -100,7 +103,7 @@ class Engine:
             raise RuntimeError(f"accelerate runs {self._accelerator.distributed_type.value} instead of DeepSpeed")
         self.device = self._accelerator.device
         self.module: Any = None
-        self._optimizer: Any = None
+        self._norm: float | None = None
 
     @property
     def is_main(self) -> bool:
@@ -114,7 +117,7 @@ class Engine:
         optimizer = torch.optim.AdamW(
             groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=True
         )
-        self.module, self._optimizer = self._accelerator.prepare(model, optimizer)
+        self.module, _ = self._accelerator.prepare(model, optimizer)
 
     @property
     def model(self) -> Any:
@@ -132,11 +135,16 @@ class Engine:
         """After each micro-batch: at the last one of a step, reduce, clip and update."""
         for group in self.module.optimizer.param_groups:
             group["lr"] = learning_rate * group["scale"]
+        if self.config.engine.zero_stage == 0 and self.module.is_gradient_accumulation_boundary():
+            # Without ZeRO in fp32 DeepSpeed clips but does not say the norm.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self._norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
         self.module.step()
 
     def grad_norm(self) -> float | None:
         """Norm of the last step's whole gradient, before clipping."""
         norm = self.module.get_global_grad_norm()
+        norm = self._norm if norm is None else norm
         return None if norm is None else float(norm)
 
     def sum(self, values: Sequence[float]) -> list[float]:

@@ -29,6 +29,9 @@ from pretrain.model.presets import PRESETS, TowerSize
 AUDIO_STRIDE = 4
 """Mel frames that become one audio token."""
 
+_POSITION_STD = 0.3
+"""transformers fills the position table with ones, a constant that drowns the patches at the start of training."""
+
 _PARTS = (
     ("model.vision_tower.", "vision"),
     ("model.embed_vision.", "vision"),
@@ -68,6 +71,7 @@ def make_config(model: ModelConfig, data: DataConfig, tokenizer: PreTrainedToken
         "output_proj_dims": preset.audio.hidden_size,
         "attention_context_right": 12,
         "use_clipped_linears": False,
+        "initializer_range": preset.audio.hidden_size**-0.5,
     }
     return Gemma4Config(
         text_config=_override(Gemma4TextConfig, "text", text, model.text),
@@ -95,6 +99,8 @@ def from_config(config: Gemma4Config, attention: str) -> Gemma4ForConditionalGen
         for name, parameter in backbone.named_parameters():
             if name.endswith("self_attn.q_norm.weight"):
                 parameter.fill_(parameter.shape[0] ** -0.5)
+            elif name.endswith("position_embedding_table"):
+                parameter.normal_(std=_POSITION_STD)
     return backbone
 
 
@@ -184,6 +190,7 @@ def _tower(size: TowerSize) -> dict[str, Any]:
         "num_attention_heads": size.num_heads,
         "num_key_value_heads": size.num_key_value_heads,
         "head_dim": size.head_dim,
+        "initializer_range": size.hidden_size**-0.5,
     }
 
 
