@@ -43,7 +43,7 @@ def exits_cleanly(command: Callable[P, R]) -> Callable[P, R]:
             # The reader of our output has gone (`| head`). Flushing at exit would fail on the same pipe again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        print(" ".join(message.split()), file=sys.stderr, flush=True)
+        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
         raise typer.Exit(status)
 
     return wrapped

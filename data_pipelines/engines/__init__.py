@@ -1,0 +1,1 @@
+"""Where `build_shard` runs."""

@@ -58,7 +58,7 @@ def accent_name(accent: str) -> str:
 
 
 def describe_pixels(pixels: bytes) -> list[str]:
-    """Adjectives that fit 8x8 pixels of 0..16, one byte each, row by row: bold, thin, wide, narrow, slanted; or none."""
+    """Adjectives that fit 8x8 pixels of 0..16, one byte each: bold, thin, wide, narrow, slanted, or none of them."""
     grid = np.frombuffer(pixels, dtype=np.uint8).reshape(8, 8) / 16.0
     ink, cells = float(grid.mean()), np.arange(8)
     down, across = grid.sum(axis=1) / grid.sum(), grid.sum(axis=0) / grid.sum()

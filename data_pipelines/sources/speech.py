@@ -2,7 +2,8 @@
 
 espeak-ng keeps the phase of its oscillators and its noise from one utterance to the next, so what it says depends on
 what it said before; `espeak_Terminate` does not help. Unloading the library and loading it again does, and makes every
-utterance a pure function of its arguments, for 4 ms each (3.5 of them are espeak-ng's scan for its voices). Function and constant names are those of `espeak-ng/speak_lib.h`.
+utterance a pure function of its arguments, for about 4 ms each (most of them espeak-ng's scan for its voices). Names of
+functions and constants are those of `espeak-ng/speak_lib.h`.
 
 espeak-ng is GPL-3 and optional: nothing but the embedded source `digits` comes here.
 """

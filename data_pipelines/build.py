@@ -1,0 +1,246 @@
+"""Raw samples in, a dataset folder out: plan, shards, and dataset.json last.
+
+A build may be stopped or killed at any moment; the same call goes on from the shards that are complete, and gives the
+same bytes as one that was never stopped, for any number of workers. While it runs, and until it succeeds, the folder
+holds a hidden `.build/` with the lock, the plan, and the faults of finished shards. `build.json` stays: it says what
+the dataset was made from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.atomic import atomic_file
+from data_pipelines.build_folder import BuildFolder
+from data_pipelines.dataset import ShardEntry, commit_shard, open_dataset, write_dataset
+from data_pipelines.engines import local
+from data_pipelines.errors import BadInput
+from data_pipelines.plan import Fault, Plan, make_plan, read_rows
+from data_pipelines.progress import Progress
+from data_pipelines.shard import Sample
+from data_pipelines.sources import RowFault, Source, open_source
+
+# A worker takes about three seconds to start, most of them webdataset's import of torch.
+_ROWS_WORTH_A_WORKER = 2000
+_NAME = re.compile(r"[^\W_][\w.-]{0,63}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What `build_shard` needs: `path` within `folder`, and where the plan has the shard's rows."""
+
+    folder: Path
+    path: str
+    number: int
+    plan_file: Path
+    faults_file: Path
+
+
+@dataclass(frozen=True)
+class ShardBuilder:
+    """`build_shard` for one source: what the workers are sent."""
+
+    source: Source
+    skip_faults: bool
+
+    def __call__(self, task: ShardTask, tick: local.Tick) -> ShardEntry:
+        """Build one shard of the plan."""
+        return build_shard(self.source, task, self.skip_faults, tick)
+
+
+def build_shard(source: Source, task: ShardTask, skip_faults: bool, tick: local.Tick) -> ShardEntry:
+    """Write one shard and its index. The bytes depend on the plan's rows and the files they name, and on nothing else.
+
+    Raises `RowFault` for the first row that gives no sample; with `skip_faults` it is left out and noted in the task's
+    `faults_file`. `tick` is called with 1 for each row.
+    """
+    faults: list[Fault] = []
+
+    def samples() -> Iterator[Sample]:
+        for row in read_rows(task.plan_file, task.number):
+            try:
+                yield source.read(row)
+            except RowFault as fault:
+                if not skip_faults:
+                    raise
+                faults.append(Fault.of(fault, task.path))
+            tick(1)
+        # Before the index, which makes the shard count as done: a build that goes on later must find the faults too.
+        if faults:
+            with atomic_file(task.faults_file) as file:
+                file.write(json.dumps([[fault.row, vars(fault.line)] for fault in faults]).encode())
+
+    return commit_shard(samples(), task.folder, task.path)
+
+
+def build_dataset(
+    source: str | Path,
+    out: str | Path,
+    *,
+    split: str | None = None,
+    shard_size: int = 1000,
+    workers: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    allow: Sequence[str | Path] = (),
+    on_error: str = "fail",
+    name: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Build a dataset folder and return its path. Where the same build is done already, do nothing.
+
+    Args:
+        source: a manifest (.csv, .jsonl, .parquet) or the name of an embedded source (`digits`).
+        out: the folder to write: new, empty, or holding the same build, finished or not.
+        split: keep only the rows whose `split` is this.
+        shard_size: samples a shard.
+        workers: processes; by default one a core, fewer for little work. The bytes do not depend on it.
+        columns: our name -> the manifest's column, for `id`, `image`, `text`, `audio`, `split` and metadata.
+        allow: folders, beside the manifest's own, that its files may lie in.
+        on_error: `fail` ends at the first bad row, `skip` writes bad rows to `quarantine.jsonl`.
+        name: the dataset's name, and the beginning of its shards' names.
+        seed: of embedded sources, which draw at random.
+        progress: tell on standard error how far the build is.
+
+    Raises:
+        BadInput: source, options, a row (`on_error="fail"`) or the folder is wrong. Complete shards are kept.
+
+    Two calls for one folder at the same time are safe: the second waits, and finds the first one's dataset.
+    """
+    if shard_size < 1:
+        raise BadInput(f"shard size {shard_size}: give 1 or more")
+    if workers is not None and workers < 1:
+        raise BadInput(f"workers {workers}: give 1 or more")
+    if on_error not in ("fail", "skip"):
+        raise BadInput(f"on-error {on_error!r}: give fail or skip")
+    if name is not None and not _NAME.fullmatch(name):
+        raise BadInput(f"name {name!r}: give up to 64 letters, digits, '-', '_' and '.', a letter or digit first")
+    opened = open_source(
+        str(source),
+        split=split,
+        columns=dict(columns or {}),
+        allowed=tuple(_allowed_folder(folder) for folder in allow),
+        seed=seed,
+    )
+    build = _Build(opened, name, shard_size, on_error == "skip", workers)
+    with Progress(f"building {out}", "samples", quiet=not progress) as shown:
+        try:
+            build.into(BuildFolder(Path(out)), shown)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise BadInput(f"{error.filename or out}: {error.strerror}; complete shards are kept") from error
+    return Path(out)
+
+
+def _allowed_folder(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise BadInput(f"--allow {folder}: not a folder")
+    return Path(folder).resolve()
+
+
+@dataclass(frozen=True)
+class _Build:
+    source: Source
+    name: str | None
+    shard_size: int
+    skip_faults: bool
+    workers: int | None
+
+    def into(self, folder: BuildFolder, progress: Progress) -> None:
+        folder.refuse_other_content()
+        if folder.is_finished():
+            # A look alone, which needs neither the lock nor the right to write.
+            plan = self._plan(None)
+            if self._is_done(folder, plan, progress):
+                return
+        with folder.locked(progress.say):
+            folder.refuse_other_content()
+            try:
+                plan = self._plan(folder.plan_file)
+                if folder.is_finished() and self._is_done(folder, plan, progress):
+                    folder.remove_work()
+                    return
+                folder.claim(plan.sha256, self._record(plan))
+                self._make_shards(folder, plan, progress)
+            except BaseException:
+                folder.remove_half_written()
+                raise
+
+    def _plan(self, file: Path | None) -> Plan:
+        return make_plan(
+            self.source,
+            name=self._dataset_name,
+            prefix=re.sub(r"[^\w-]+", "-", self.name or self.source.shard_prefix, flags=re.ASCII).strip("-") or "shard",
+            shard_size=self.shard_size,
+            skip_faults=self.skip_faults,
+            file=file,
+        )
+
+    @property
+    def _dataset_name(self) -> str:
+        return self.name or self.source.default_name
+
+    def _record(self, plan: Plan) -> dict[str, Any]:
+        sizes = {"num_rows": plan.num_rows, "num_shards": len(plan.shard_sizes), "shard_size": self.shard_size}
+        return {"name": self._dataset_name, "source": self.source.identity(), **sizes}
+
+    def _is_done(self, folder: BuildFolder, plan: Plan, progress: Progress) -> bool:
+        """Whether the finished build there is this one, and whole. Raises `BadInput` when it is another one."""
+        folder.refuse_other_plan(plan.sha256)
+        dataset = open_dataset(folder.path)
+        if any(folder.complete_shard(shard.path) != shard for shard in dataset.shards):
+            progress.say(f"{folder.path}: shards are missing or damaged; making them again")
+            return False
+        progress.say(f"{folder.path}: already built ({len(dataset)} samples, {len(dataset.shards)} shards)")
+        return True
+
+    def _make_shards(self, folder: BuildFolder, plan: Plan, progress: Progress) -> None:
+        for note in plan.notes:
+            progress.say(f"note: {note}")
+        entries: dict[str, ShardEntry] = {}
+        tasks: list[ShardTask] = []
+        for number in range(len(plan.shard_sizes)):
+            path = plan.shard_path(number)
+            entry = folder.complete_shard(path)
+            if entry is not None:
+                entries[path] = entry
+            else:
+                faults_file = folder.faults_file(path)
+                faults_file.unlink(missing_ok=True)
+                tasks.append(ShardTask(folder.path, path, number, folder.plan_file, faults_file))
+        if entries:
+            progress.say(f"{folder.path}: {len(entries)} of {len(plan.shard_sizes)} shards are there already")
+        num_left = sum(plan.shard_sizes[task.number] for task in tasks)
+        progress.start(plan.num_rows, plan.num_rows - num_left)
+        builder = ShardBuilder(self.source, self.skip_faults)
+        workers = self.workers or min(local.num_cores(), 1 + num_left // _ROWS_WORTH_A_WORKER)
+        try:
+            for task, entry in local.run(builder, tasks, workers, progress.advance):
+                entries[task.path] = entry
+        except RowFault as fault:
+            raise fault.as_bad_input(self.source.label) from fault
+        except local.WorkerDied as error:
+            raise BadInput(f"{folder.path}: {error}; run it again: complete shards are kept") from error
+        shards = [entries[path] for path in sorted(entries)]
+        self._finish(folder, plan, shards, progress)
+
+    def _finish(self, folder: BuildFolder, plan: Plan, shards: list[ShardEntry], progress: Progress) -> None:
+        faults = sorted([*plan.faults, *folder.read_faults()], key=lambda fault: fault.row)
+        if not any(shard.num_samples for shard in shards):
+            raise BadInput(f"{self.source.label}: no row gives a sample; the first: {faults[0].line.detail}")
+        folder.write_quarantine([fault.line for fault in faults])
+        kept = [shard for shard in shards if shard.num_samples]
+        for shard in shards:
+            if not shard.num_samples:
+                folder.remove_shard(shard)
+        write_dataset(folder.path, self._dataset_name, kept)
+        folder.remove_work()
+        total = sum(shard.num_samples for shard in kept)
+        left_out = f"; {len(faults)} bad rows are in {folder.path / 'quarantine.jsonl'}" if faults else ""
+        progress.say(f"{folder.path}: {total} samples in {len(kept)} shards{left_out}")

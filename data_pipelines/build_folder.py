@@ -1,0 +1,177 @@
+"""The folder that a build writes: whose it is, who may write now, and what of it is complete.
+
+build.json        first: what the dataset is made from, and the plan's hash
+shards/ index/    a shard is complete when its index is there and the tar has the size that the index says
+.build/           lock, plan, faults of finished shards; gone when the build succeeds
+quarantine.jsonl  rows that were left out, if any
+dataset.json      last
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_pipelines.atomic import atomic_file
+from data_pipelines.dataset import ShardEntry, index_path
+from data_pipelines.errors import BadInput
+from data_pipelines.index import MODALITIES, Quarantined, ShardIndex
+from data_pipelines.plan import Fault
+
+RECORD_VERSION = 1
+_WORK = ".build"
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class BuildFolder:
+    """One dataset folder while it is built. Nothing is created before `locked` is entered."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan_file = path / _WORK / "plan.parquet"
+        self._was_there = path.exists()
+        self._is_claimed = False
+
+    def is_finished(self) -> bool:
+        """Whether dataset.json is there."""
+        return (self.path / "dataset.json").exists()
+
+    def refuse_other_content(self) -> None:
+        """Raise `BadInput` when the path holds anything but a build of ours or nothing."""
+        if not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise BadInput(f"{self.path}: not a folder; give another --out")
+        found = sorted(entry.name for entry in self.path.iterdir() if entry.name != _WORK)
+        if found and "build.json" not in found:
+            what = "a dataset that was not built here" if "dataset.json" in found else f"other files ({found[0]}, ...)"
+            raise BadInput(f"{self.path}: the folder holds {what}; give another --out")
+
+    def refuse_other_plan(self, plan_sha256: str) -> None:
+        """Raise `BadInput` unless build.json has this hash."""
+        file = self.path / "build.json"
+        try:
+            recorded = json.loads(file.read_bytes())["plan_sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{file}: damaged ({error}); delete the folder, or give another --out") from error
+        if recorded != plan_sha256:
+            what = "a dataset" if self.is_finished() else "an unfinished build"
+            raise BadInput(
+                f"{self.path}: holds {what} made of other rows, or with another name, split, seed or shard size; "
+                "delete the folder, or give another --out"
+            )
+
+    @contextmanager
+    def locked(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Create the folder and hold its lock; waits, saying so, while another process builds here."""
+        work = self.path / _WORK
+        while True:
+            work.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                # Another build has just finished and removed its work folder.
+                continue
+            try:
+                self._wait_for(lock, say)
+                try:
+                    is_current = os.path.samestat(os.fstat(lock), os.stat(work / "lock"))
+                except FileNotFoundError:
+                    is_current = False
+                if is_current:
+                    yield
+                    return
+            finally:
+                os.close(lock)
+
+    def _wait_for(self, lock: int, say: Callable[[str], None]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{self.path}: another process builds here; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network file systems have no locks. Shards still appear whole, and with the same bytes from anyone.
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
+
+    def claim(self, plan_sha256: str, record: dict[str, Any]) -> None:
+        """Write build.json, or raise `BadInput` when the one there is of another plan."""
+        if (self.path / "build.json").exists():
+            self.refuse_other_plan(plan_sha256)
+        else:
+            content = {"format_version": RECORD_VERSION, "plan_sha256": plan_sha256, **record}
+            with atomic_file(self.path / "build.json") as file:
+                file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+        self._is_claimed = True
+
+    def complete_shard(self, path: str) -> ShardEntry | None:
+        """The entry for dataset.json of a shard that is whole, else None."""
+        file = index_path(path)
+        try:
+            index = ShardIndex.load(self.path / file)
+            size = (self.path / path).stat().st_size
+        except (BadInput, OSError):
+            return None
+        if size != index.num_bytes:
+            return None
+        modalities = {name: index.count(name) for name in MODALITIES}
+        return ShardEntry(
+            path=path, num_samples=len(index), bytes=size, sha256=index.sha256, index=file, modalities=modalities
+        )
+
+    def remove_shard(self, shard: ShardEntry) -> None:
+        """Take a shard away, its index first."""
+        (self.path / shard.index).unlink(missing_ok=True)
+        (self.path / shard.path).unlink(missing_ok=True)
+
+    def faults_file(self, path: str) -> Path:
+        """Where a shard's faults wait for the end of the build."""
+        return self.path / _WORK / "faults" / f"{PurePosixPath(path).stem}.json"
+
+    def read_faults(self) -> list[Fault]:
+        """The faults of all finished shards."""
+        files = sorted((self.path / _WORK / "faults").glob("*.json"))
+        return [Fault(row, Quarantined(**line)) for file in files for row, line in json.loads(file.read_bytes())]
+
+    def write_quarantine(self, lines: Sequence[Quarantined]) -> None:
+        """Write quarantine.jsonl, or none when there is nothing to say."""
+        file = self.path / "quarantine.jsonl"
+        if not lines:
+            file.unlink(missing_ok=True)
+            return
+        with atomic_file(file) as out:
+            for line in lines:
+                out.write((json.dumps(vars(line), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+
+    def remove_work(self) -> None:
+        """Remove everything hidden, after a success. Call with the lock held."""
+        self._remove_temporary()
+        shutil.rmtree(self.path / _WORK, ignore_errors=True)
+
+    def remove_half_written(self) -> None:
+        """After a failure, keep complete shards and what goes with them; without any, leave nothing."""
+        self.plan_file.unlink(missing_ok=True)
+        if self._is_claimed:
+            self._remove_temporary()
+            if any((self.path / "index").glob("*.arrow")) or self.is_finished():
+                return
+            for name in ("shards", "index"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            (self.path / "build.json").unlink(missing_ok=True)
+        if not (self.path / "build.json").exists():
+            shutil.rmtree(self.path / _WORK, ignore_errors=True)
+            if not self._was_there:
+                self.path.rmdir()
+
+    def _remove_temporary(self) -> None:
+        for folder in (self.path, self.path / "shards", self.path / "index"):
+            for file in folder.glob(".tmp-*"):
+                file.unlink(missing_ok=True)
