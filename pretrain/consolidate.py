@@ -1,8 +1,7 @@
 """The weights of a checkpoint as plain tensors, whatever ZeRO stage and number of ranks wrote it.
 
 DeepSpeed's own consolidation maps the optimizer files and hands out each parameter when it is asked for, so that a
-model need not fit in memory twice. Around it stand the two guards that it lacks: nothing is opened before the
-checkpoint's manifest has been checked, and no file may execute code while it loads.
+model need not fit in memory twice. Around it stands the guard that it lacks: no file may execute code while it loads.
 """
 
 from __future__ import annotations
@@ -74,14 +73,11 @@ class Weights(Mapping[str, Tensor]):
 def open_weights(checkpoint: Path) -> Weights:
     """The weights in `checkpoints/step-N`, read from the DeepSpeed files of all its ranks.
 
-    Raises:
-        BadInput: the checkpoint is not valid by its manifest, or is not one of DeepSpeed's.
-    """
-    from pretrain.checkpoint import verify
+    The caller has checked the checkpoint against its manifest (`pretrain.checkpoint.verify`).
 
-    reason = verify(checkpoint)
-    if reason is not None:
-        raise BadInput(f"{checkpoint}: not a valid checkpoint ({reason}); choose another step")
+    Raises:
+        BadInput: it is not one of DeepSpeed's, or a file of it would execute code.
+    """
     return read_zero_folder(checkpoint / "deepspeed")
 
 

@@ -23,6 +23,9 @@ from data_pipelines.loader import build_eval_loader
 from pretrain.config import Config
 from pretrain.metrics.classification import per_class_top1, top1
 from pretrain.metrics.retrieval import Bools, Ints, class_ranks, pair_ranks, recall_scores
+from pretrain.results import summary_line
+
+__all__ = ["evaluate", "summary_line"]
 
 FORMAT_VERSION = 1
 MODALITIES = ("image", "text", "audio")
@@ -82,11 +85,8 @@ def evaluate(
             found = _collect(model, config, dataset, tokenizer, rank, world_size, torch.device(device), batch_size)
             classes, labels = _labels(dataset, found.index)
             prompts = {
-                m: _encode_prompts(model, tokenizer, classes, templates, torch.device(device))
-                for m, templates in (
-                    ("image", config.evaluation.image_prompts),
-                    ("audio", config.evaluation.audio_prompts),
-                )
+                "image": _encode_prompts(model, tokenizer, classes, config.evaluation.image_prompts),
+                "audio": _encode_prompts(model, tokenizer, classes, config.evaluation.audio_prompts),
             }
     finally:
         model.train(was_training)
@@ -115,30 +115,22 @@ def _collect(
     parts: list[dict[str, Tensor]] = []
     for batch in loader:
         part: dict[str, Tensor] = {"weight": batch["weight"], "index": batch["index"]}
-        part["content_image"] = _content(batch["image"], (batch["image_position"][..., 0] >= 0).sum(1))
-        part["content_audio"] = _content(batch["audio"], batch["audio_length"])
-        part["content_text"] = _content(batch["text"], batch["text_length"])
-        part["present_image"] = (batch["image_position"][..., 0] >= 0).any(1).to(torch.int64)
-        part["present_audio"] = (batch["audio_length"] > 0).to(torch.int64)
-        part["present_text"] = (batch["text_length"] > 0).to(torch.int64)
-        on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        part["embedding_image"] = model.encode_image(on_device["image"], on_device["image_position"]).cpu()
-        part["embedding_audio"] = model.encode_audio(on_device["audio"], on_device["audio_length"]).cpu()
-        part["embedding_text"] = model.encode_text(on_device["text"], on_device["text_length"]).cpu()
+        num_patches = (batch["image_position"] >= 0).all(-1).sum(1)
+        for modality, values, length in (
+            ("image", batch["image"], num_patches),
+            ("audio", batch["audio"], batch["audio_length"]),
+            ("text", batch["text"], batch["text_length"]),
+        ):
+            part[f"content_{modality}"] = _content(values, length)
+            part[f"present_{modality}"] = (length > 0).to(torch.int64)
+        part["embedding_image"] = model.encode_image(batch["image"], batch["image_position"])
+        part["embedding_audio"] = model.encode_audio(batch["audio"], batch["audio_length"])
+        part["embedding_text"] = model.encode_text(batch["text"], batch["text_length"])
         for name, see in SEEN.items():
-            nll, num_tokens = model.caption_nll(on_device, see=see)
-            part[f"nll_{name}"] = nll.float().cpu()
-            part["num_tokens"] = num_tokens.cpu()
-        parts.append(part)
-    table = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return Collected(
-        {
-            key: _gather(value, world_size, device).float().numpy()
-            if value.is_floating_point()
-            else _gather(value, world_size, device).numpy()
-            for key, value in table.items()
-        }
-    )
+            part[f"nll_{name}"], part["num_tokens"] = model.caption_nll(batch, see=see)
+        parts.append({name: tensor.cpu() for name, tensor in part.items()})
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Collected({name: _gather(tensor, world_size, device).numpy() for name, tensor in joined.items()})
 
 
 def _gather(tensor: Tensor, world_size: int, device: torch.device) -> Tensor:
@@ -173,9 +165,7 @@ def _labels(dataset: Dataset, index: Ints) -> tuple[list[str], Ints]:
     return classes, np.array([-1 if name is None else number[name] for name in names], dtype=np.int64)
 
 
-def _encode_prompts(
-    model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], device: torch.device
-) -> np.ndarray:
+def _encode_prompts(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """float32 [classes, E]: for each class the mean of its prompts' unit embeddings, of unit norm again."""
     rows = []
     for name in classes:
@@ -186,7 +176,7 @@ def _encode_prompts(
         padded = torch.zeros(len(ids), max(1, int(length.max())), dtype=torch.int64)
         for i, row in enumerate(ids):
             padded[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        mean = model.encode_text(padded.to(device), length.to(device)).float().cpu().mean(0)
+        mean = model.encode_text(padded, length).cpu().mean(0)
         rows.append(torch.nn.functional.normalize(mean, dim=0).numpy())
     return np.stack(rows) if rows else np.zeros((0, 1), dtype=np.float32)
 
@@ -216,7 +206,9 @@ def _retrieval(found: Collected, labels: Ints) -> dict[str, Any]:
             found_ranks = pair_ranks(
                 found.embedding[a][both[query]], found.embedding[b][both[candidate]], of_query, of_candidate
             )
-            result[f"{a}_to_{b}"] = recall_scores(found_ranks, num_candidates=len(candidate))
+            num_pairs = len(np.unique(np.stack([of_query, of_candidate]), axis=1).T)
+            scores = recall_scores(found_ranks, num_candidates=len(candidate))
+            result[f"{a}_to_{b}"] = scores | {"chance_R@1": num_pairs / (len(query) * len(candidate))}
         else:
             result[f"{a}_to_{b}"] = None
         queries = np.flatnonzero(found.present[a] & (labels >= 0))
