@@ -1,9 +1,52 @@
-"""The only place where foreign bytes become arrays and text."""
+"""The only place where foreign bytes become pixels, waves and text.
+
+Formats are an allow-list and are chosen by the first bytes, never by a name. What a header declares is checked before a
+pixel or a sample is allocated, and what came out is checked again. Whatever goes wrong inside a decoder becomes a
+`DecodeError` with a reason; nothing here ends a run.
+
+Images follow transformers' `Gemma4ImageProcessorPil`, so that uint8 / 255 equals what the exported processor computes.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
 import json
+import math
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from data_pipelines.config import AudioConfig, ImageConfig
+from data_pipelines.headers import image_size
+
+MAX_IMAGE_BYTES = 1 << 28
+MAX_AUDIO_BYTES = 1 << 30
+MAX_CHANNELS = 32
+MIN_RATE, MAX_RATE = 1_000, 768_000
+_READ_FRAMES = 1 << 19
+
+# Opened by class: Image.open would try every plugin, and warn about sizes that our own, stricter limit has passed.
+_OPENERS: dict[str, type[ImageFile.ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": WebPImageFile}
+_EXIF_SOURCES = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_LENIENT_FORMATS = frozenset({"MP3", "OGG", "MPEG"})
 
 
 class DecodeError(ValueError):
@@ -45,3 +88,167 @@ def decode_metadata(data: bytes, max_bytes: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DecodeError("json", f"metadata is a JSON {type(value).__name__}, not an object")
     return value
+
+
+def load_image(data: bytes, max_pixels: int) -> Image.Image:
+    """A JPEG, PNG or WEBP as an upright RGB image; the first frame of an animation.
+
+    EXIF orientation is applied, 16-bit gray is scaled to 8 bits, transparency is laid over white. Raises `DecodeError`
+    for other formats, for more than `max_pixels`, and for bytes that do not decode.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise DecodeError("size", f"an image of {len(data)} bytes, more than {MAX_IMAGE_BYTES}")
+    header = image_size(data)
+    if header is None:
+        raise DecodeError("format", f"not a JPEG, PNG or WEBP (begins with {data[:8]!r})")
+    kind, width, height = header
+    _check_pixels(width, height, max_pixels)
+    try:
+        image: Image.Image = _OPENERS[kind](io.BytesIO(data))
+        _check_pixels(*image.size, max_pixels)
+        image.load()
+        return _to_rgb(_turn_upright(image))
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - decoders of foreign bytes raise anything
+        raise DecodeError("decode", f"{kind} does not decode ({type(error).__name__}: {error})") from error
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1 or width * height > max_pixels:
+        raise DecodeError("size", f"an image of {width} x {height} pixels, more than {max_pixels} or none")
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    if _EXIF_SOURCES.isdisjoint(image.info):
+        return image
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001 - pixels that decoded are not given up for a broken note beside them
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16 bits at 255.
+        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
+        return Image.fromarray(((wide * 255 + 32_767) // 65_535).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        clear = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", clear.size, (255, 255, 255, 255)), clear).convert("RGB")
+    return image.convert("RGB")
+
+
+def target_size(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
+    """(width, height) in pixels that an image is resized to.
+
+    Without a fixed `size` this is transformers' `get_aspect_ratio_preserving_size`: the largest size within the patch
+    budget whose sides are multiples of patch_size x pooling. Raises `DecodeError` for a shape that no such size fits.
+    """
+    if config.size is not None:
+        return config.size, config.size
+    cell = config.patch_size * config.pooling
+    budget = config.max_patches * config.patch_size**2
+    factor = math.sqrt(budget / (width * height))
+    wide, high = int(factor * width / cell) * cell, int(factor * height / cell) * cell
+    longest = config.max_soft_tokens * cell
+    if not wide and not high:
+        raise DecodeError("size", f"{width} x {height} pixels do not fill one cell of {cell} pixels")
+    if not high:
+        wide, high = min(width // height * cell, longest), cell
+    elif not wide:
+        wide, high = cell, min(height // width * cell, longest)
+    if wide * high > budget:
+        raise DecodeError("size", f"{width} x {height} pixels do not fit into {config.max_patches} patches")
+    return wide, high
+
+
+def resize_image(
+    image: Image.Image, config: ImageConfig, box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
+    """Resize (bicubic, antialiased) to the target size; `box` (left, top, right, bottom) takes that part alone."""
+    left, top, right, bottom = box or (0, 0, *image.size)
+    size = target_size(max(1, round(right - left)), max(1, round(bottom - top)), config)
+    if box is None and size == image.size:
+        return image
+    return image.resize(size, Image.Resampling.BICUBIC, box)
+
+
+def patchify(pixels: npt.NDArray[np.uint8], patch_size: int) -> npt.NDArray[np.uint8]:
+    """Pixels [H, W, 3] into patches [H/p * W/p, p*p*3], row-major, each laid out (row, column, channel)."""
+    height, width, channels = pixels.shape
+    cut = pixels.reshape(height // patch_size, patch_size, width // patch_size, patch_size, channels)
+    return cut.transpose(0, 2, 1, 3, 4).reshape(-1, patch_size * patch_size * channels)
+
+
+@functools.lru_cache(maxsize=1024)
+def patch_positions(columns: int, rows: int) -> npt.NDArray[np.int64]:
+    """(x, y) of every patch of a grid, row-major: int64 [rows * columns, 2], read-only."""
+    y, x = np.divmod(np.arange(rows * columns, dtype=np.int64), columns)
+    grid = np.stack([x, y], axis=1)
+    grid.flags.writeable = False
+    return grid
+
+
+def load_audio(data: bytes, config: AudioConfig) -> npt.NDArray[np.float32]:
+    """A WAV, FLAC, OGG or MP3 as float32 [T], mono, at `sampling_rate`, cut to `max_seconds`.
+
+    Channels are averaged. No more is decoded than is kept. Raises `DecodeError` for what libsndfile does not read, for
+    a declared length above `max_declared_seconds`, for no samples, and for values that are not finite.
+    """
+    if len(data) > MAX_AUDIO_BYTES:
+        raise DecodeError("size", f"a sound of {len(data)} bytes, more than {MAX_AUDIO_BYTES}")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as sound:
+            rate, channels, declared, kind = sound.samplerate, sound.channels, sound.frames, sound.format
+            if not MIN_RATE <= rate <= MAX_RATE or not 1 <= channels <= MAX_CHANNELS:
+                raise DecodeError("size", f"{channels} channels at {rate} Hz, outside what is read")
+            if declared > config.max_declared_seconds * rate:
+                limit = config.max_declared_seconds
+                raise DecodeError("size", f"declares {declared / rate:.0f} s, more than {limit:g} s")
+            wanted = min(declared, math.ceil(config.max_seconds * rate))
+            wave = _read_mono(sound, wanted)
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - decoders of foreign bytes raise anything
+        raise DecodeError("decode", f"the sound does not decode ({type(error).__name__}: {error})") from error
+    if len(wave) < wanted and kind not in _LENIENT_FORMATS:
+        raise DecodeError("truncated", f"{len(wave)} of {declared} declared samples")
+    if not len(wave):
+        raise DecodeError("empty", "a sound of no samples")
+    if not np.isfinite(wave).all():
+        raise DecodeError("decode", "a sound with values that are not finite")
+    if rate != config.sampling_rate:
+        wave = soxr.resample(wave, rate, config.sampling_rate)
+        if not len(wave):
+            raise DecodeError("empty", "a sound shorter than one sample")
+    kept: npt.NDArray[np.float32] = wave[: max_samples(config)]
+    return kept
+
+
+def max_samples(config: AudioConfig) -> int:
+    """Samples at `sampling_rate` that `max_seconds` take."""
+    return max(1, int(config.max_seconds * config.sampling_rate))
+
+
+def _read_mono(sound: soundfile.SoundFile, wanted: int) -> npt.NDArray[np.float32]:
+    parts = []
+    while wanted > 0:
+        part = sound.read(min(wanted, _READ_FRAMES), dtype="float32", always_2d=True)
+        if not len(part):
+            break
+        parts.append(part[:, 0] if part.shape[1] == 1 else part.mean(axis=1, dtype=np.float32))
+        wanted -= len(part)
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+
+
+def to_int16(wave: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
+    """Float samples in -1..1 as int16, so that 16-bit sources come back unchanged; louder ones are clipped."""
+    whole: npt.NDArray[np.int16] = np.clip(np.rint(wave * np.float32(32_768)), -32_768, 32_767).astype(np.int16)
+    return whole
