@@ -29,7 +29,7 @@ _NUM_SHOWN = 12
 def info(dataset: str | Path | Dataset) -> dict[str, Any]:
     """A description of a dataset that JSON can hold.
 
-    `combinations` counts samples by the modalities that they have (`image+text+audio`). `image_width` and `image_height`
+    `combinations` counts samples by the modalities they have (`image+text+audio`). `image_width` and `image_height`
     (pixels), `audio_seconds` and `text_bytes` have min, median, mean, max, total and a histogram (`edges`, `counts`),
     and are null where no sample has the modality. `labels` and `speakers` map names to counts. Raises `BadInput`.
     """

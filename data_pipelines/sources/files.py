@@ -73,7 +73,7 @@ def _read_regular(path: Path, modality: str) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise FileFault("unreadable", f"{modality} file {path} cannot be read ({error.strerror})") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileFault("type", f"{modality} file {path} is not a regular file")
@@ -81,10 +81,12 @@ def _read_regular(path: Path, modality: str) -> bytes:
             raise FileFault(
                 "size", f"{modality} file {path} has {status.st_size} bytes; the limit is {MAX_MEMBER_BYTES}"
             )
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             return file.read(status.st_size)
-        except OSError as error:
-            raise FileFault("unreadable", f"{modality} file {path} cannot be read ({error.strerror})") from error
+    except OSError as error:
+        raise FileFault("unreadable", f"{modality} file {path} cannot be read ({error.strerror})") from error
+    finally:
+        os.close(descriptor)
 
 
 def _check_content(data: bytes, extension: str, modality: str, path: Path) -> None:

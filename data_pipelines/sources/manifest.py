@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.dataset import MAX_METADATA_BYTES, MAX_TEXT_BYTES
 from data_pipelines.errors import BadInput
 from data_pipelines.shard import Sample
 from data_pipelines.sources.files import FileFault, check_reference, read_member
@@ -214,10 +215,10 @@ def _text_problem(text: str) -> str | None:
     if "\0" in text:
         return "contains a NUL"
     try:
-        text.encode("utf-8")
+        size = len(text.encode("utf-8"))
     except UnicodeEncodeError:
         return "contains half of a surrogate pair, which UTF-8 cannot hold"
-    return None
+    return f"has {size} bytes; the limit is {MAX_TEXT_BYTES}" if size > MAX_TEXT_BYTES else None
 
 
 def _label(value: Any) -> Any:
@@ -227,9 +228,11 @@ def _label(value: Any) -> Any:
 
 
 def _metadata_problem(metadata: dict[str, Any]) -> str | None:
+    size = 0
     for name, value in metadata.items():
         try:
-            json.dumps({name: value}, allow_nan=False, ensure_ascii=False).encode("utf-8")
+            size += len(json.dumps({name: value}, allow_nan=False, ensure_ascii=False).encode("utf-8"))
         except (TypeError, ValueError) as error:
             return f"column {name!r} does not go into JSON ({error})"
-    return None
+    too_long = size > MAX_METADATA_BYTES
+    return f"the other columns hold {size} bytes of metadata; the limit is {MAX_METADATA_BYTES}" if too_long else None
