@@ -1,0 +1,101 @@
+"""The `triptych` command: says which commands there are and hands over to them.
+
+Every command imports what it needs when it is called, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch import data_commands
+from launch.demo import demo_command
+from launch.errors import exits_cleanly
+from launch.eval_commands import eval_command
+from launch.export_commands import export_command, verify_command
+
+app = typer.Typer(
+    name="triptych",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Pretrain one transformer on image-text-audio tuples: raw files in, a plain transformers checkpoint out.",
+)
+
+app.add_typer(data_commands.app, name="data")
+app.command("eval")(exits_cleanly(eval_command))
+app.command("export")(exits_cleanly(export_command))
+app.command("verify")(exits_cleanly(verify_command))
+app.command("demo")(exits_cleanly(demo_command))
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be given several times."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
+
+
+@app.command(epilog="example: triptych config configs/digits.yaml --set train.max_steps=20")
+@exits_cleanly
+def config(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a run; without it, every setting there is.")
+    ] = None,
+    set: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Check a config and show what it comes to."""
+    from launch.config_command import config_command
+
+    config_command(config, set or (), json)
+
+
+@app.command(epilog="example: triptych train configs/digits.yaml --nproc 2 --set train.max_steps=20")
+@exits_cleanly
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    set: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a GPU, or two on a CPU.")] = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Go on from the newest valid checkpoint, none, or this one.")
+    ] = "auto",
+) -> None:
+    """Train on this machine.
+
+    Exit status: 0 done; 1 a fault of Triptych's; 2 bad input; 75 stopped on purpose with a checkpoint, run it again.
+    """
+    from launch.train_command import train_command
+
+    raise typer.Exit(train_command(config, set or (), nproc, resume))
+
+
+@app.command(epilog="example: triptych checkpoints runs/demo/run --json")
+@exits_cleanly
+def checkpoints(run: Annotated[Path, typer.Argument(help="Run directory.")], json: Json = False) -> None:
+    """List a run's checkpoints and verify every byte of them."""
+    from launch.checkpoints_command import checkpoints_command
+
+    checkpoints_command(run, json)
+
+
+@app.command(epilog="example: triptych push runs/demo/export --repo my-lab/digits --dry-run")
+@exits_cleanly
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `triptych export` wrote.")],
+    repo: Annotated[str, typer.Option(metavar="ORG/NAME", help="Model repository; made where there is none.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it; private otherwise.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made where there is none.")] = None,
+    json: Json = False,
+) -> None:
+    """Upload an export folder to the Hugging Face Hub."""
+    from launch.push_command import push_command
+
+    push_command(folder, repo, public, revision, dry_run, json)
+
+
+def main() -> None:
+    """Entry point of the `triptych` command."""
+    app()
