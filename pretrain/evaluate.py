@@ -233,4 +233,5 @@ def _caption(found: Collected) -> dict[str, Any]:
         "num_tokens": int(found.num_tokens[text].sum()),
         "num_texts": int(text.sum()),
         "loss_by_seen": {name: loss(name, rows) for name, rows in groups.items()},
+        "num_texts_by_seen": {name: int(rows.sum()) for name, rows in groups.items()},
     }

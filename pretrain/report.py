@@ -21,7 +21,7 @@ from data_pipelines.headers import image_size
 from data_pipelines.shard import Sample
 from pretrain.charts import data_uri, line_chart, spectrogram_png
 from pretrain.features import log_mel
-from pretrain.results import rows
+from pretrain.results import blocks
 
 TEMPLATE = "report_template.html"
 _IMAGE_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
@@ -78,15 +78,12 @@ def write_report(report: Report, path: Path) -> None:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    found = rows(report.results) if report.results else []
-    kinds = [row.task.split()[-1] if row.is_share else "caption" for row in found]
     html = environment.get_template(TEMPLATE).render(
         name=report.name,
         subtitle=report.subtitle,
         tiles=_tiles(report),
         charts=_charts(report.metrics),
-        rows=found,
-        sections=[i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]],
+        blocks=blocks(report.results) if report.results else [],
         evaluation_data=(report.results or {}).get("data", {}).get("name", ""),
         evaluation_samples=(report.results or {}).get("num_samples", 0),
         groups=report.groups,

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,34 +13,16 @@ from safetensors.torch import load_file
 
 from data_pipelines.errors import BadInput
 from pretrain.consolidate import read_zero_folder
+from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders zero-0 ... zero-3 and the weights that they hold, beside them."""
     folder = tmp_path_factory.mktemp("zero")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    world |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).with_name("zero_ranks.py")), str(folder)]
-    with open(folder / "log", "w") as log:
-        ranks = [
-            subprocess.Popen(
-                command, env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log
-            )
-            for rank in range(2)
-        ]
-        try:
-            statuses = [process.wait(timeout=150) for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-    assert statuses == [0, 0], (folder / "log").read_text()[-3000:]
+    run_ranks("tests.pretrain.zero_ranks", [str(folder)], timeout=150)
     return folder
 
 
