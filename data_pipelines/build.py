@@ -25,8 +25,8 @@ from data_pipelines.progress import Progress
 from data_pipelines.shard import Sample
 from data_pipelines.sources import RowFault, Source, open_source
 
-# A worker takes about three seconds to start, most of them webdataset's import of torch.
-_ROWS_WORTH_A_WORKER = 2000
+# A worker takes about a second to start.
+_ROWS_WORTH_A_WORKER = 1000
 _NAME = re.compile(r"[^\W_][\w.-]{0,63}", re.ASCII)
 
 
@@ -232,13 +232,13 @@ class _Build:
 
     def _finish(self, folder: BuildFolder, plan: Plan, shards: list[ShardEntry], progress: Progress) -> None:
         faults = sorted([*plan.faults, *folder.read_faults()], key=lambda fault: fault.row)
-        if not any(shard.num_samples for shard in shards):
-            raise BadInput(f"{self.source.label}: no row gives a sample; the first: {faults[0].line.detail}")
-        folder.write_quarantine([fault.line for fault in faults])
         kept = [shard for shard in shards if shard.num_samples]
         for shard in shards:
             if not shard.num_samples:
                 folder.remove_shard(shard)
+        if not kept:
+            raise BadInput(f"{self.source.label}: no row gives a sample; the first: {faults[0].line.detail}")
+        folder.write_quarantine([fault.line for fault in faults])
         write_dataset(folder.path, self._dataset_name, kept)
         folder.remove_work()
         total = sum(shard.num_samples for shard in kept)

@@ -37,6 +37,7 @@ class BuildFolder:
         self.path = path
         self.plan_file = path / _WORK / "plan.parquet"
         self._was_there = path.exists()
+        self._work_was_there = (path / _WORK).exists()
         self._is_claimed = False
 
     def is_finished(self) -> bool:
@@ -166,10 +167,10 @@ class BuildFolder:
             for name in ("shards", "index"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             (self.path / "build.json").unlink(missing_ok=True)
-        if not (self.path / "build.json").exists():
+        if self._is_claimed or not self._work_was_there:
             shutil.rmtree(self.path / _WORK, ignore_errors=True)
-            if not self._was_there:
-                self.path.rmdir()
+        if not self._was_there and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def _remove_temporary(self) -> None:
         for folder in (self.path, self.path / "shards", self.path / "index"):
