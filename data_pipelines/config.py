@@ -103,7 +103,9 @@ class AudioConfig(Settings):
 class TextConfig(Settings):
     """Text: one tokenizer for captions, transcripts and prompts."""
 
-    tokenizer: str | None = Field(None, description="Local Hugging Face tokenizer folder; null trains a byte-level BPE.")
+    tokenizer: str | None = Field(
+        None, description="Local Hugging Face tokenizer folder; null trains a byte-level BPE."
+    )
     vocab_size: PositiveInt = Field(2048, description="Entries of the trained BPE, special tokens included.")
     max_tokens: PositiveInt = Field(128, description="Longer texts are cut to this many tokens.")
     max_bytes: PositiveInt = Field(1_000_000, description="A longer text is refused.")
@@ -137,7 +139,9 @@ class DataConfig(Settings):
     eval: str | list[SourceConfig] | None = Field(None, description="Dataset folder for evaluation.")
     build: list[BuildConfig] = Field(default_factory=list, description="Datasets to build first where absent.")
     global_batch: PositiveInt = Field(64, description="Samples an optimizer step, over all ranks.")
-    micro_batch: PositiveInt | None = Field(None, description="Samples a rank a forward pass; null is the rank's share.")
+    micro_batch: PositiveInt | None = Field(
+        None, description="Samples a rank a forward pass; null is the rank's share."
+    )
     num_workers: int = Field(2, ge=0, description="Loader workers a rank; 0 loads in the training process.")
     worker_type: Literal["process", "thread"] = Field("process", description="What a worker is.")
     prefetch: PositiveInt = Field(2, description="Batches that each worker keeps ready.")
