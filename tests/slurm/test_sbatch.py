@@ -7,7 +7,6 @@ seconds; the last test is a whole run.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
