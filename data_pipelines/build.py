@@ -242,5 +242,6 @@ class _Build:
         write_dataset(folder.path, self._dataset_name, kept)
         folder.remove_work()
         total = sum(shard.num_samples for shard in kept)
-        left_out = f"; {len(faults)} bad rows are in {folder.path / 'quarantine.jsonl'}" if faults else ""
+        bad_rows = "1 bad row is" if len(faults) == 1 else f"{len(faults)} bad rows are"
+        left_out = f"; {bad_rows} in {folder.path / 'quarantine.jsonl'}" if faults else ""
         progress.say(f"{folder.path}: {total} samples in {len(kept)} shards{left_out}")

@@ -163,4 +163,5 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    # Flushed here, where a reader that has gone is still an error that `exits_cleanly` knows.
+    print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)
