@@ -169,6 +169,10 @@ class Engine:
         """Write DeepSpeed's files of this rank below `folder` (all ranks call it)."""
         # `universal_checkpoint_info` lets DeepSpeed's converter change the world size later.
         self.module.save_checkpoint(str(folder), tag="state", client_state={"universal_checkpoint_info": {}})
+        if self.is_main:
+            # DeepSpeed leaves scripts to convert the checkpoint with; nothing in ours is a program.
+            for script in folder.glob("*.py"):
+                script.unlink()
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, weights-only (all ranks call it)."""

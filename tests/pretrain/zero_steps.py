@@ -60,7 +60,7 @@ def train(case: dict[str, Any], folder: Path, number: int) -> list[dict[str, flo
         data={**tiny_config().data.model_dump(), "micro_batch": case.get("micro_batch")},
         objectives=case.get("objectives", {}),
         model={**tiny_config().model.model_dump(), **case.get("model", {})},
-        checkpoint={"every_steps": 10_000},
+        checkpoint={"every_steps": 10_000, **case.get("checkpoint", {})},
     )
     engine = Engine(config)
     engine.prepare(OmniPretrainer.build(config, word_tokenizer()))
