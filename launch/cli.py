@@ -24,10 +24,8 @@ app = typer.Typer(
     help="Pretrain one transformer on image-text-audio tuples: raw files in, a plain transformers checkpoint out.",
 )
 
+
 app.add_typer(data_commands.app, name="data")
-app.command("eval")(exits_cleanly(eval_command))
-app.command("export")(exits_cleanly(export_command))
-app.command("verify")(exits_cleanly(verify_command))
 app.command("demo")(exits_cleanly(demo_command))
 
 Overrides = Annotated[
@@ -78,6 +76,11 @@ def checkpoints(run: Annotated[Path, typer.Argument(help="Run directory.")], jso
     from launch.checkpoints_command import checkpoints_command
 
     checkpoints_command(run, json)
+
+
+app.command("eval")(exits_cleanly(eval_command))
+app.command("export")(exits_cleanly(export_command))
+app.command("verify")(exits_cleanly(verify_command))
 
 
 @app.command(epilog="example: triptych push runs/demo/export --repo my-lab/digits --dry-run")
