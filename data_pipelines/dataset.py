@@ -7,6 +7,7 @@ can be made again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -211,19 +212,25 @@ def open_dataset(path: str | Path) -> Dataset:
 
 
 class _OpenShard:
-    """A shard's index and its open tar."""
+    """A shard's index, and its tar once a byte of it is wanted: costs are asked of many more shards than bytes are."""
 
     def __init__(self, folder: Path, entry: ShardEntry) -> None:
         self.entry = entry
         self.index = ShardIndex.load(folder / entry.index)
-        self.reader = ShardReader(folder / entry.path)
+        self._tar = folder / entry.path
         if self.index.sha256 != entry.sha256 or len(self.index) != entry.num_samples:
             raise BadInput(f"{folder / entry.index}: the index is of another tar; run `triptych data index` again")
-        if self.reader.num_bytes != entry.bytes:
+
+    @functools.cached_property
+    def reader(self) -> ShardReader:
+        """The open tar. Raises `BadInput` when it is gone or has another size than dataset.json says."""
+        reader = ShardReader(self._tar)
+        if reader.num_bytes != self.entry.bytes:
             raise BadInput(
-                f"{self.reader.path}: {self.reader.num_bytes} bytes, but dataset.json says {entry.bytes}; "
+                f"{reader.path}: {reader.num_bytes} bytes, but dataset.json says {self.entry.bytes}; "
                 "build it again, or keep what is whole with `triptych data index`"
             )
+        return reader
 
 
 class Dataset:

@@ -236,7 +236,7 @@ def max_samples(config: AudioConfig) -> int:
 
 
 def _read_mono(sound: soundfile.SoundFile, wanted: int) -> npt.NDArray[np.float32]:
-    parts = []
+    parts: list[npt.NDArray[np.float32]] = []
     while wanted > 0:
         part = sound.read(min(wanted, _READ_FRAMES), dtype="float32", always_2d=True)
         if not len(part):
