@@ -75,7 +75,11 @@ class _PassOn:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.passed.add(number)
-        for pid in children(os.getpid()):
+        ranks = children(os.getpid())
+        if not ranks:
+            # Nobody to pass it on to, and nothing lost: not a single rank is up yet.
+            raise SystemExit(RUN_AGAIN if number == signal.SIGUSR1 else 128 + number)
+        for pid in ranks:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:

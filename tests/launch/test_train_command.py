@@ -147,6 +147,15 @@ def test_nothing_stays_behind(tmp_path: Path) -> None:
     assert all((supervisor_killed.folder / f"saved-{rank}").exists() for rank in (0, 1))
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGUSR1", 75), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_before_any_rank_ends_the_launcher(name: str, status: int) -> None:
+    code = (
+        f"import os, signal as s; from launch.ranks import _PassOn; _PassOn(); os.kill(os.getpid(), s.{name}); print()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and done.stdout == ""
+
+
 @pytest.mark.parametrize(
     ("codes", "passed", "status"),
     [
