@@ -20,9 +20,12 @@ Wave = npt.NDArray[np.float32]
 Box = tuple[float, float, float, float]
 
 
-def generator(seed: int) -> np.random.Generator:
-    """The random generator of one sample."""
-    return np.random.Generator(np.random.Philox(key=seed))
+IMAGE_STREAM, AUDIO_STREAM = 0, 1
+
+
+def generator(seed: int, stream: int) -> np.random.Generator:
+    """The random generator of one modality of one sample: a sound is changed alike with and without a picture."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
 
 
 class ImageAugment:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -71,7 +71,10 @@ class Costs(NamedTuple):
 
 
 class RawSample(NamedTuple):
-    """A sample's members as they lie in the tar, None where missing; `shard` is the tar's path within the dataset."""
+    """A sample's members as they lie in the tar, None where missing; `shard` is the tar's path within the dataset.
+
+    `too_large` names a member that was not read because it exceeds the reader's limit.
+    """
 
     key: str
     shard: str
@@ -81,6 +84,7 @@ class RawSample(NamedTuple):
     json: bytes | None
     image_extension: str
     audio_extension: str
+    too_large: str | None
 
 
 def fingerprint(shards: Iterable[ShardEntry]) -> str:
@@ -298,23 +302,27 @@ class Dataset:
         shards, rows = self.locate(ids)
         return [self._shard(s).index.key(r) for s, r in zip(shards.tolist(), rows.tolist(), strict=True)]
 
-    def read(self, ids: npt.ArrayLike, members: Sequence[str] = MEMBERS) -> list[RawSample]:
+    def read(
+        self, ids: npt.ArrayLike, members: Sequence[str] = MEMBERS, limits: Mapping[str, int] | None = None
+    ) -> list[RawSample]:
         """The encoded members of many samples, in the order asked for; each shard is read front to back.
 
-        Members that are not asked for are None. Raises `BadInput` when a tar is gone or shorter than its index says.
+        Members that are not asked for are None. A sample with a member of more than `limits[member]` bytes is not read:
+        it says so in `too_large`. Raises `BadInput` when a tar is gone or not the one that was indexed.
         """
         shards, rows = self.locate(ids)
         samples: list[RawSample | None] = [None] * len(rows)
         for place in np.lexsort((rows, shards)).tolist():
-            samples[place] = self._read_row(self._shard(int(shards[place])), int(rows[place]), members)
+            samples[place] = self._read_row(self._shard(int(shards[place])), int(rows[place]), members, limits or {})
         return [sample for sample in samples if sample is not None]
 
-    def _read_row(self, shard: _OpenShard, row: int, members: Sequence[str]) -> RawSample:
+    def _read_row(self, shard: _OpenShard, row: int, members: Sequence[str], limits: Mapping[str, int]) -> RawSample:
         index = shard.index
         spans = {name: (int(index[f"{name}_offset"][row]), int(index[f"{name}_size"][row])) for name in members}
         there = {name: span for name, span in spans.items() if span[1] >= 0}
         data: dict[str, bytes] = {}
-        if there:
+        too_large = next((name for name, (_, size) in there.items() if size > limits.get(name, size)), None)
+        if there and too_large is None:
             first = min(offset for offset, _ in there.values())
             length = max(offset + size for offset, size in there.values()) - first
             # Members lie side by side, so one read takes the sample; not so where a large one is left out between.
@@ -332,6 +340,7 @@ class Dataset:
             data.get("json"),
             IMAGE_EXTENSIONS[int(index["image_extension"][row])],
             AUDIO_EXTENSIONS[int(index["audio_extension"][row])],
+            too_large,
         )
 
     def __getitem__(self, position: int) -> Sample:

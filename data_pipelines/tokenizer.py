@@ -197,20 +197,27 @@ def _same_origin(folder: Path, origin: dict[str, object]) -> bool:
         return False
 
 
-class TextEncoder:
-    """Foreign text into token ids, without begin and end; what looks like a special token there is plain text.
+def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The fast tokenizer alone, for encoding foreign text: what looks like a special token there is plain text."""
+    return _plain(tokenizer.backend_tokenizer.to_str())
 
-    Holds the fast tokenizer alone, so that a worker process needs no transformers. May be pickled, and used in threads.
-    """
+
+def _plain(serialized: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(serialized)
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+class TextEncoder:
+    """Foreign text into token ids, without begin and end. Needs no transformers; may be pickled and used in threads."""
 
     def __init__(self, serialized: str) -> None:
-        from tokenizers import Tokenizer
-
         self._serialized = serialized
-        self._backend = Tokenizer.from_str(serialized)
-        self._backend.encode_special_tokens = True
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._backend = _plain(serialized)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> TextEncoder:

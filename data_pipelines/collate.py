@@ -1,0 +1,190 @@
+"""Encoded samples into the arrays of one batch.
+
+This runs inside a worker: what leaves it is uint8 and int16, padded and stacked. A sample of which any member is bad
+becomes a placeholder of weight 0 in its place, so that the order of the others never shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipelines import augment
+from data_pipelines.config import AugmentConfig, DataConfig
+from data_pipelines.dataset import MAX_METADATA_BYTES, RawSample
+from data_pipelines.decode import (
+    MAX_AUDIO_BYTES,
+    MAX_IMAGE_BYTES,
+    DecodeError,
+    decode_metadata,
+    decode_text,
+    load_audio,
+    load_image,
+    max_samples,
+    patch_positions,
+    patchify,
+    resize_image,
+    to_int16,
+)
+from data_pipelines.index import Quarantined
+from data_pipelines.tokenizer import TextEncoder
+
+# No token of a vocabulary is longer on average, so a text that is cut here loses nothing that would be kept.
+_CHARACTERS_A_TOKEN = 64
+
+
+@dataclass
+class _Decoded:
+    """One sample's arrays; None where the sample has none."""
+
+    patches: npt.NDArray[np.uint8] | None = None
+    positions: npt.NDArray[np.int64] | None = None
+    wave: npt.NDArray[np.int16] | None = None
+    ids: list[int] | None = None
+    label: int = -1
+
+
+@dataclass(frozen=True)
+class Collated:
+    """Arrays of a batch (see `Collator`), and the bad samples: place in the batch -> line for quarantine.jsonl."""
+
+    arrays: dict[str, npt.NDArray[Any]]
+    keys: list[str]
+    bad: dict[int, Quarantined]
+
+
+class Collator:
+    """Decodes, augments, tokenizes and stacks samples.
+
+    Calling it with B samples gives: `image` uint8 [B, P, 3*p*p]; `image_position` int64 [B, P, 2] as (x, y), -1 where
+    there is no patch; `audio` int16 [B, T], zero padded; `audio_length` int64 [B]; `text` int64 [B, L], 0 padded;
+    `text_length` int64 [B]; `weight` float32 [B], 0 for a bad sample; `label` int64 [B], -1 for none. P is fixed when
+    images have a fixed size, else the batch's most; every axis has at least length 1.
+    """
+
+    def __init__(self, config: DataConfig, encoder: TextEncoder, augmentation: AugmentConfig | None) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._augmentation = augmentation
+        self._augments_image = augmentation is not None and augment.ImageAugment.is_active(augmentation)
+        self._augments_audio = augmentation is not None and augment.changes_audio(augmentation)
+        self.limits = {
+            "image": MAX_IMAGE_BYTES,
+            "audio": MAX_AUDIO_BYTES,
+            "text": config.text.max_bytes,
+            "json": MAX_METADATA_BYTES,
+        }
+
+    def __call__(self, samples: Sequence[RawSample], seeds: Sequence[int], folders: Sequence[str]) -> Collated:
+        """Collate; `folders` are the samples' dataset folders, for the lines about bad ones."""
+        decoded: list[_Decoded] = []
+        bad: dict[int, Quarantined] = {}
+        for place, (raw, seed, folder) in enumerate(zip(samples, seeds, folders, strict=True)):
+            try:
+                decoded.append(self._decode(raw, seed))
+            except _BadMember as error:
+                decoded.append(_Decoded())
+                bad[place] = Quarantined(
+                    f"{folder}/{raw.shard}", raw.key, error.member, error.fault.reason, error.fault.detail
+                )
+        arrays = self._stack(decoded)
+        arrays["weight"] = np.ones(len(samples), dtype=np.float32)
+        arrays["weight"][list(bad)] = 0
+        return Collated(arrays, [raw.key for raw in samples], bad)
+
+    def _decode(self, raw: RawSample, seed: int) -> _Decoded:
+        result = _Decoded()
+        member = None
+        try:
+            if raw.too_large is not None:
+                member = raw.too_large
+                raise DecodeError("size", f"the {member} is larger than the limit of {self.limits[member]} bytes")
+            if raw.json is not None:
+                member = "json"
+                result.label = _label(decode_metadata(raw.json, MAX_METADATA_BYTES))
+            if raw.text is not None:
+                member = "txt"
+                text = decode_text(raw.text, self._config.text.max_bytes)
+                if text is not None:
+                    most = self._config.text.max_tokens
+                    result.ids = self._encoder(text[: most * _CHARACTERS_A_TOKEN])[:most]
+            if raw.image is not None:
+                member = raw.image_extension
+                result.patches, result.positions = self._image(raw.image, seed)
+            if raw.audio is not None:
+                member = raw.audio_extension
+                result.wave = self._audio(raw.audio, seed)
+            if result.patches is None and result.wave is None and not result.ids:
+                member = None
+                raise DecodeError("empty", "neither image nor text nor sound")
+        except DecodeError as error:
+            raise _BadMember(f"{raw.key}.{member}" if member else None, error) from error
+        return result
+
+    def _image(self, data: bytes, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        config = self._config.image
+        image = load_image(data, config.max_pixels)
+        if self._augments_image and self._augmentation is not None:
+            draw = augment.ImageAugment(self._augmentation, augment.generator(seed, augment.IMAGE_STREAM))
+            pixels = draw.apply(resize_image(image, config, draw.crop_box(*image.size)))
+        else:
+            pixels = np.asarray(resize_image(image, config))
+        height, width, _ = pixels.shape
+        return patchify(pixels, config.patch_size), patch_positions(
+            width // config.patch_size, height // config.patch_size
+        )
+
+    def _audio(self, data: bytes, seed: int) -> npt.NDArray[np.int16]:
+        config = self._config.audio
+        wave = load_audio(data, config)
+        if self._augments_audio and self._augmentation is not None:
+            random = augment.generator(seed, augment.AUDIO_STREAM)
+            wave = augment.augment_audio(wave, config.sampling_rate, self._augmentation, random)
+        return to_int16(wave[: max_samples(config)])
+
+    def _stack(self, decoded: Sequence[_Decoded]) -> dict[str, npt.NDArray[Any]]:
+        image, size = self._config.image, len(decoded)
+        # Without a fixed size any image takes whole cells, so that an empty batch still has the shape of an image.
+        patches = image.max_patches if image.size is not None else image.pooling**2
+        patches = max([patches, *(len(item.patches) for item in decoded if item.patches is not None)])
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "image": np.zeros((size, patches, 3 * image.patch_size**2), dtype=np.uint8),
+            "image_position": np.full((size, patches, 2), -1, dtype=np.int64),
+            "audio": np.zeros(
+                (size, max([1, *(len(item.wave) for item in decoded if item.wave is not None)])), dtype=np.int16
+            ),
+            "audio_length": np.zeros(size, dtype=np.int64),
+            "text": np.zeros((size, max([1, *(len(item.ids) for item in decoded if item.ids)])), dtype=np.int64),
+            "text_length": np.zeros(size, dtype=np.int64),
+            "label": np.array([item.label for item in decoded], dtype=np.int64),
+        }
+        for place, item in enumerate(decoded):
+            if item.patches is not None and item.positions is not None:
+                arrays["image"][place, : len(item.patches)] = item.patches
+                arrays["image_position"][place, : len(item.positions)] = item.positions
+            if item.wave is not None:
+                arrays["audio"][place, : len(item.wave)] = item.wave
+                arrays["audio_length"][place] = len(item.wave)
+            if item.ids:
+                arrays["text"][place, : len(item.ids)] = item.ids
+                arrays["text_length"][place] = len(item.ids)
+        return arrays
+
+
+class _BadMember(Exception):
+    """A sample that becomes a placeholder: the member's name, and what is wrong with it."""
+
+    def __init__(self, member: str | None, fault: DecodeError) -> None:
+        super().__init__(member)
+        self.member = member
+        self.fault = fault
+
+
+def _label(metadata: dict[str, Any]) -> int:
+    label = metadata.get("label")
+    usable = isinstance(label, int) and not isinstance(label, bool) and -(1 << 63) <= label < 1 << 63
+    return label if usable and isinstance(label, int) else -1

@@ -1,0 +1,327 @@
+"""Batches for one rank.
+
+A map-style reader under torch's own DataLoader: the sampler counts steps, and a worker turns a step's number into the
+rank's share of that global batch, decoded and stacked. Torch returns them in order, so no worker has a state, and
+resuming is counting from another step. Which samples make a batch depends on neither ranks nor workers; which of them a
+rank takes is dealt by costs that the index knows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader
+
+from data_pipelines.balance import deal
+from data_pipelines.collate import Collated, Collator
+from data_pipelines.config import DataConfig
+from data_pipelines.dataset import Costs, Dataset, RawSample, open_dataset
+from data_pipelines.errors import BadInput
+from data_pipelines.index import Quarantined
+from data_pipelines.prefetch import ordered_threads
+from data_pipelines.quarantine import BadSampleLimit, QuarantineLog
+from data_pipelines.sequence import SampleSequence, sample_seeds
+from data_pipelines.tokenizer import TextEncoder, make_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IntArray = npt.NDArray[np.int64]
+Batch = dict[str, Any]
+
+_BYTES_A_TOKEN = 4
+# The audio tower subsamples the mel frames by four in time.
+_FRAMES_A_TOKEN = 4
+_PR_SET_PDEATHSIG = 1
+
+
+class _RunConfig(Protocol):
+    @property
+    def dir(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+class _TrainConfig(Protocol):
+    @property
+    def max_steps(self) -> int: ...
+
+
+class _EvalConfig(Protocol):
+    @property
+    def max_samples(self) -> int | None: ...
+
+
+class LoaderConfig(Protocol):
+    """The part of a run's config that the loaders read (`pretrain.config.Config` has it)."""
+
+    @property
+    def run(self) -> _RunConfig: ...
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def train(self) -> _TrainConfig: ...
+
+    @property
+    def evaluation(self) -> _EvalConfig: ...
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a worker hands over: a batch and its bad samples by place, or what stops the run."""
+
+    batch: Batch
+    bad: dict[int, Quarantined]
+    stop: str | None = None
+
+
+def sample_costs(costs: Costs, config: DataConfig) -> npt.NDArray[np.float64]:
+    """Rough cost of samples in tokens that the towers and the language model see: float64, one a sample."""
+    image = config.image
+    patches = np.minimum(costs.pixels / image.patch_size**2, image.max_patches)
+    if image.size is not None:
+        patches = np.where(costs.pixels > 0, image.max_patches, 0)
+    seconds = np.minimum(costs.audio_seconds.astype(np.float64), config.audio.max_seconds)
+    frames = seconds * 1000 / config.audio.hop_ms / _FRAMES_A_TOKEN
+    total: npt.NDArray[np.float64] = (
+        patches + frames + np.minimum(costs.text_bytes / _BYTES_A_TOKEN, config.text.max_tokens)
+    )
+    return total
+
+
+class _Reader:
+    """Reads and collates samples of several datasets. Shared by threads, copied to worker processes."""
+
+    def __init__(self, datasets: Sequence[Dataset], collator: Collator) -> None:
+        self.datasets = datasets
+        self._collator = collator
+
+    def read(self, source: IntArray, sample: IntArray, seeds: IntArray) -> Collated:
+        """Collate the samples with these ids in these datasets, in this order."""
+        raw: list[RawSample | None] = [None] * len(sample)
+        for number in np.unique(source).tolist():
+            places = np.flatnonzero(source == number)
+            found = self.datasets[number].read(sample[places], limits=self._collator.limits)
+            for place, one in zip(places.tolist(), found, strict=True):
+                raw[place] = one
+        folders = [str(self.datasets[number].path) for number in source.tolist()]
+        return self._collator([one for one in raw if one is not None], seeds.tolist(), folders)
+
+
+def _to_batch(collated: Collated, index: IntArray, seeds: IntArray, **rest: Any) -> Batch:
+    tensors = {name: torch.from_numpy(array) for name, array in collated.arrays.items()}
+    return {"keys": collated.keys, "index": torch.from_numpy(index), "seed": torch.from_numpy(seeds), **tensors, **rest}
+
+
+class _TrainSteps:
+    """Step number -> this rank's share of that global batch."""
+
+    def __init__(
+        self, reader: _Reader, sequence: SampleSequence, config: DataConfig, rank: int, world_size: int
+    ) -> None:
+        self._reader, self._sequence, self._config = reader, sequence, config
+        self._rank, self._world_size = rank, world_size
+
+    def __getitem__(self, step: int) -> _Loaded:
+        try:
+            picked = self._sequence.batch(step)
+            first_epoch = int(picked.epoch[0])
+            if self._world_size > 1:
+                picked = picked[deal(self._costs(picked.source, picked.sample), self._world_size)[self._rank]]
+            collated = self._reader.read(picked.source, picked.sample, picked.seed)
+        except BadInput as error:
+            # Torch would hand it on wrapped in the worker's traceback.
+            return _Loaded({}, {}, str(error))
+        return _Loaded(_to_batch(collated, picked.index, picked.seed, step=step, epoch=first_epoch), collated.bad)
+
+    def _costs(self, source: IntArray, sample: IntArray) -> npt.NDArray[np.float64]:
+        costs = np.zeros(len(sample))
+        for number in np.unique(source).tolist():
+            here = source == number
+            costs[here] = sample_costs(self._reader.datasets[number].costs(sample[here]), self._config)
+        return costs
+
+
+class _EvalSteps:
+    """Batch number -> this rank's part of it, in dataset order, filled up with copies of weight 0."""
+
+    def __init__(self, reader: _Reader, ids: IntArray, seed: int, rank: int, world_size: int, batch_size: int) -> None:
+        self._reader, self._ids, self._seed = reader, ids, seed
+        self._rank, self._world_size, self._size = rank, world_size, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._ids) // (self._size * self._world_size))
+
+    def __getitem__(self, number: int) -> _Loaded:
+        start = (number * self._world_size + self._rank) * self._size
+        places = np.arange(start, start + self._size)
+        real = places < len(self._ids)
+        sample = self._ids[np.minimum(places, len(self._ids) - 1)]
+        seeds = sample_seeds(self._seed, np.zeros_like(sample), sample)
+        try:
+            collated = self._reader.read(np.zeros_like(sample), sample, seeds)
+        except BadInput as error:
+            return _Loaded({}, {}, str(error))
+        collated.arrays["weight"][~real] = 0
+        bad = {place: line for place, line in collated.bad.items() if real[place]}
+        return _Loaded(_to_batch(collated, sample, seeds, step=number, epoch=0), bad)
+
+
+def _start_worker(parent: int, by_main_thread: bool, _worker: int) -> None:
+    # A scheduler signals every process of a job. The rank decides what a signal means; a worker that died of it would
+    # take the rank down before its checkpoint is saved.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    # The kernel sends this when the thread that forked ends, so it is for workers of the main thread alone.
+    if by_main_thread and hasattr(signal, "SIGKILL") and os.name == "posix":
+        try:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        except (OSError, AttributeError):
+            # Not Linux: torch's own watch over the parent ends the worker, within seconds.
+            return
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded
+
+
+def _stream(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig) -> Iterator[_Loaded]:
+    """Load the steps with these numbers, in order, in the workers that the config asks for."""
+    if not config.num_workers:
+        yield from (steps[number] for number in numbers)
+        return
+    if config.worker_type == "thread":
+        yield from ordered_threads(steps.__getitem__, numbers, config.num_workers, config.num_workers * config.prefetch)
+        return
+    # Without it, tokenizers prints a warning for every fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    by_main_thread = threading.current_thread() is threading.main_thread()
+    yield from DataLoader(
+        steps,  # type: ignore[arg-type]
+        sampler=numbers,
+        batch_size=None,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch,
+        collate_fn=_as_it_is,
+        worker_init_fn=functools.partial(_start_worker, os.getpid(), by_main_thread),
+        # A fork starts in milliseconds where a fresh interpreter imports torch for seconds. It is safe here: a worker
+        # touches no device and no lock of the parent's threads, and runs no parallel region of OpenMP.
+        multiprocessing_context="fork",
+    )
+
+
+class TrainLoader:
+    """The rank's batches from `start_step` to `train.max_steps`; make one with `build_loader`.
+
+    Iterating it again starts again at `start_step`.
+    """
+
+    def __init__(self, config: LoaderConfig, sequence: SampleSequence, steps: _TrainSteps, start_step: int) -> None:
+        self._config, self._sequence, self._steps, self._start = config, sequence, steps, start_step
+        self._log = Path(config.run.dir) / "quarantine.jsonl"
+        self.samples_an_epoch = sequence.samples_an_epoch
+
+    def __len__(self) -> int:
+        return max(0, self._config.train.max_steps - self._start)
+
+    def __iter__(self) -> Iterator[Batch]:
+        data = self._config.data
+        log = QuarantineLog(self._log)
+        limit = BadSampleLimit(data.max_bad_rate, data.max_bad_run, self._log)
+        for loaded in _stream(self._steps, range(self._start, self._config.train.max_steps), data):
+            if loaded.stop is not None:
+                raise BadInput(loaded.stop)
+            for line in loaded.bad.values():
+                log.append(line)
+            flags = [place in loaded.bad for place in range(len(loaded.batch["keys"]))]
+            limit.see(flags, next(iter(loaded.bad.values()), None))
+            yield loaded.batch
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The data's part of a checkpoint once `step` steps are trained, for JSON. It is the same on every rank."""
+        return self._sequence.state(step)
+
+    def check_state(self, old: dict[str, Any]) -> None:
+        """Raise `BadInput`, naming the field, when a checkpoint's data state is of other data or another order."""
+        self._sequence.check_state(old)
+
+
+class EvalLoader:
+    """The rank's evaluation batches; make one with `build_eval_loader`."""
+
+    def __init__(self, config: LoaderConfig, steps: _EvalSteps) -> None:
+        self._config, self._steps = config, steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        log = QuarantineLog(Path(self._config.run.dir) / "quarantine.jsonl")
+        for loaded in _stream(self._steps, range(len(self._steps)), self._config.data):
+            if loaded.stop is not None:
+                raise BadInput(loaded.stop)
+            for line in loaded.bad.values():
+                log.append(line)
+            yield loaded.batch
+
+
+def build_loader(config: LoaderConfig, rank: int, world_size: int, start_step: int = 0) -> TrainLoader:
+    """The training batches of one rank; needs no process group and no earlier run.
+
+    Yields one dict a step with the rank's share, B = global_batch / world_size samples: the arrays of
+    `collate.Collator` as tensors, `keys` list[str], `index` int64 [B] (id over all sources), `seed` int64 [B], and the
+    ints `step` and `epoch` (of the global batch's first sample). Raises `BadInput` for data that cannot be opened, for
+    a global batch that the ranks cannot share, and, while iterating, past the limits on bad samples.
+    """
+    data = config.data
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}")
+    if data.global_batch % world_size:
+        raise BadInput(
+            f"data.global_batch: {data.global_batch} samples do not divide evenly among {world_size} ranks; "
+            f"use a multiple of {world_size}"
+        )
+    datasets = [open_dataset(source.path) for source in data.train_sources]
+    weights = [source.weight for source in data.train_sources]
+    sequence = SampleSequence(
+        datasets, weights, config.run.seed, data.global_batch, data.num_streams, data.shuffle_block, data.tail
+    )
+    encoder = TextEncoder.of(make_tokenizer(config, datasets))
+    reader = _Reader(datasets, Collator(data, encoder, data.augment))
+    return TrainLoader(config, sequence, _TrainSteps(reader, sequence, data, rank, world_size), start_step)
+
+
+def build_eval_loader(
+    config: LoaderConfig,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+) -> EvalLoader:
+    """Batches of `batch_size` for one rank, in dataset order and without augmentation; the same number on every rank.
+
+    The last ones are filled up with copies of weight 0. With `evaluation.max_samples` fewer samples are taken, spread
+    evenly over the dataset. The batches hold what `build_loader`'s do; `index` is the id in the dataset.
+    """
+    count = min(len(dataset), config.evaluation.max_samples or len(dataset))
+    ids = np.arange(count, dtype=np.int64) * len(dataset) // count
+    reader = _Reader([dataset], Collator(config.data, TextEncoder.of(tokenizer), None))
+    return EvalLoader(config, _EvalSteps(reader, ids, config.run.seed, rank, world_size, batch_size))

@@ -1,0 +1,148 @@
+"""The endless sequence of training samples, and the state that says where a run is in it.
+
+Sources are interleaved by a fixed mixture; each goes through its own epochs, each epoch in an order of its own. So
+which samples make global batch `s` is a function of the data and the settings, never of ranks, workers or restarts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipelines.errors import BadInput
+from data_pipelines.mixture import Mixture
+from data_pipelines.order import Order, splitmix64
+
+IntArray = npt.NDArray[np.int64]
+
+STATE_VERSION = 1
+_MASK = (1 << 64) - 1
+# Compared on resume, in this order: the first that differs is the one that is named.
+_FIXED_FIELDS = ("version", "fingerprint", "mixture", "seed", "global_batch", "tail", "num_streams", "shuffle_block")
+
+
+class Source(Protocol):
+    """What the sequence needs to know of a dataset."""
+
+    @property
+    def shard_sizes(self) -> IntArray: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Samples in sequence order: five int64 arrays of one length.
+
+    `source` is the source's number, `sample` the id within it, `index` the id over all sources, `epoch` the source's,
+    `seed` what makes a sample's random numbers its own.
+    """
+
+    source: IntArray
+    sample: IntArray
+    index: IntArray
+    epoch: IntArray
+    seed: IntArray
+
+    def __getitem__(self, places: IntArray) -> Picked:
+        return Picked(*(getattr(self, name)[places] for name in ("source", "sample", "index", "epoch", "seed")))
+
+
+def sample_seeds(run_seed: int, epoch: IntArray, index: IntArray) -> IntArray:
+    """Seed of each sample, a hash of (run seed, epoch, index): int64 in 0..2**63-1, of the arrays' shape."""
+    mixed = splitmix64(splitmix64(np.full(index.shape, run_seed & _MASK, dtype=np.uint64)) ^ epoch.astype(np.uint64))
+    return (splitmix64(mixed ^ index.astype(np.uint64)) >> np.uint64(1)).astype(np.int64)
+
+
+class SampleSequence:
+    """Global batch `s` covers positions [s * global_batch, (s + 1) * global_batch) of the sequence.
+
+    With `tail` "wrap" a batch goes on into the next epoch; with "drop" every epoch is cut to whole batches, which needs
+    a single source. Raises `BadInput` for settings that the data cannot meet.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        seed: int,
+        global_batch: int,
+        num_streams: int,
+        shuffle_block: int,
+        tail: Literal["wrap", "drop"],
+    ) -> None:
+        self._sizes = [source.shard_sizes for source in sources]
+        self._counts = [int(sizes.sum()) for sizes in self._sizes]
+        self._offsets: IntArray = np.concatenate([[0], np.cumsum(self._counts)[:-1]]).astype(np.int64)
+        self._fingerprint = "+".join(source.fingerprint[:16] for source in sources)
+        self._seed, self._streams, self._block, self._tail = seed, num_streams, shuffle_block, tail
+        self.global_batch = global_batch
+        self.mixture = Mixture(weights)
+        if tail == "drop" and len(sources) > 1:
+            raise BadInput("data.tail: drop needs a single training dataset; with a mixture epochs end at no batch")
+        if tail == "drop" and self._counts[0] < global_batch:
+            raise BadInput(
+                f"data.tail: drop leaves nothing of {self._counts[0]} samples in batches of {global_batch}; "
+                "lower data.global_batch or use wrap"
+            )
+        # Samples that each source gives before its next epoch begins.
+        self._used = [count - count % global_batch if tail == "drop" else count for count in self._counts]
+
+    @property
+    def samples_an_epoch(self) -> int:
+        """Samples of all sources together, as many of them as an epoch gives."""
+        return sum(self._used)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - as long-lived as the run
+    def _order(self, source: int, epoch: int) -> Order:
+        # Equal datasets that are listed twice must not go in step.
+        return Order(self._sizes[source], self._seed + source, epoch, self._streams, self._block)
+
+    def batch(self, step: int) -> Picked:
+        """The samples of global batch `step`, in order."""
+        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
+        source, within = self.mixture.at(positions)
+        epoch, place = np.divmod(within, np.array(self._used, dtype=np.int64)[source])
+        sample = np.empty_like(place)
+        for number, turn in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
+            here = (source == number) & (epoch == turn)
+            sample[here] = self._order(number, turn).at(place[here])
+        index = self._offsets[source] + sample
+        return Picked(source, sample, index, epoch, sample_seeds(self._seed, epoch, index))
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the run is once `step` global batches are consumed: the same on every rank, for JSON."""
+        consumed = step * self.global_batch
+        return {
+            "version": STATE_VERSION,
+            "seed": self._seed,
+            "epoch": consumed // self.samples_an_epoch,
+            "samples": consumed,
+            "cursors": self.mixture.consumed(consumed).tolist(),
+            "num_streams": [self._order(source, 0).num_streams for source in range(len(self._sizes))],
+            "fingerprint": self._fingerprint,
+            "mixture": self.mixture.counts.tolist(),
+            "global_batch": self.global_batch,
+            "shuffle_block": self._block,
+            "tail": self._tail,
+        }
+
+    def check_state(self, old: dict[str, Any]) -> None:
+        """Raise `BadInput`, naming the field, unless `old` is a state of this very sequence."""
+        check_state(old, self.state(0))
+
+
+def check_state(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise `BadInput`, naming the field, when the two states belong to different sequences."""
+    for name in _FIXED_FIELDS:
+        if old.get(name) != new[name]:
+            raise BadInput(
+                f"the checkpoint is of other data: {name} was {old.get(name)} and is {new[name]} now; "
+                "put the data and settings back, or start a new run.dir"
+            )
