@@ -47,6 +47,8 @@ def prepare_environment() -> None:
             MASTER_PORT=str(port),
         )
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    # accelerate refuses a DeepSpeed config of ours beside fields of its own config file; ours alone decides.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -94,7 +94,6 @@ def train(config_path: str, overrides: Sequence[str], resume: str) -> bool:
             state = checkpoint.load(engine, start)
         step = int(state.get("step", 0))
         loader = build_loader(config, engine.rank, engine.world_size, start_step=step)
-        data_state = loader.state(step)
         if state:
             loader.check_state(state["data"])
         run_id = write_run_files(run_dir, dump_config(config), engine, step) if engine.is_main else ""
@@ -105,7 +104,7 @@ def train(config_path: str, overrides: Sequence[str], resume: str) -> bool:
             callbacks.append(TensorBoard(run_dir / "tensorboard"))
         if config.data.eval is not None:
             callbacks.append(Evaluation(open_dataset(config.data.eval_sources[0].path), tokenizer))
-        trainer = Trainer(config, engine, run_dir, run_id, loader.samples_an_epoch, callbacks, data_state)
+        trainer = Trainer(config, engine, run_dir, run_id, loader.samples_an_epoch, callbacks, loader.state)
         trainer.step = step
         if engine.is_main and start is not None:
             print(f"resuming from {start} at step {step}", file=sys.stderr)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Trainer:
         run_id: str,
         samples_an_epoch: int,
         callbacks: list[Callback],
-        data_state: dict[str, Any],
+        data_state: Callable[[int], dict[str, Any]],
     ) -> None:
         self.config = config
         self.engine = engine
@@ -159,7 +159,7 @@ class Trainer:
         state = {
             "step": self.step,
             "samples_consumed": self.step * self.config.data.global_batch,
-            "data": self.data_state,
+            "data": self.data_state(self.step),
             "config": self.config.model_dump(mode="json"),
         }
         keep = self.config.checkpoint.keep_last

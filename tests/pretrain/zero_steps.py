@@ -65,7 +65,7 @@ def train(case: dict[str, Any], folder: Path, number: int) -> list[dict[str, flo
     engine = Engine(config)
     engine.prepare(OmniPretrainer.build(config, word_tokenizer()))
     losses = Losses()
-    trainer = Trainer(config, engine, run_dir, "test", 1000, [losses], {})
+    trainer = Trainer(config, engine, run_dir, "test", 1000, [losses], lambda step: {})
     trainer.run(batches(case["dealing"], engine.rank, engine.world_size, case.get("samples", 1000)))
     return losses.found
 
