@@ -36,6 +36,19 @@ _SCHEMA = pa.schema(
         pa.field("audio_seconds", pa.float32(), nullable=False),
     ]
 )
+_COLUMNS = _SCHEMA.names[1:]
+_NUMPY: dict[str, type[np.generic]] = {"int64": np.int64, "int32": np.int32, "int8": np.int8, "float": np.float32}
+
+
+def _view(column: pa.ChunkedArray, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    parts = [
+        np.frombuffer(chunk.buffers()[1], dtype, count=chunk.offset + len(chunk))[chunk.offset :]
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
 @dataclass(frozen=True)
@@ -58,16 +71,17 @@ class ShardIndex:
     """
 
     def __init__(self, table: pa.Table, quarantined: tuple[Quarantined, ...] = ()) -> None:
-        self._table = table.combine_chunks()
+        self._table = table
         self.quarantined = quarantined
-        self._columns: dict[str, npt.NDArray[Any]] = {}
-        for name in _SCHEMA.names[1:]:
-            chunked = self._table.column(name)
-            self._columns[name] = (
-                chunked.chunk(0).to_numpy(zero_copy_only=True)
-                if chunked.num_chunks
-                else np.empty(0, _SCHEMA.field(name).type.to_pandas_dtype())
-            )
+        # Straight from Arrow's buffers: its own conversion imports pandas, a second in every worker.
+        self._columns = {name: _view(table.column(name), _NUMPY[str(_SCHEMA.field(name).type)]) for name in _COLUMNS}
+        keys = table.column("key").combine_chunks()
+        keys = keys.chunk(0) if isinstance(keys, pa.ChunkedArray) else keys
+        self._key_ends: npt.NDArray[np.int32] = (
+            np.frombuffer(keys.buffers()[1], np.int32) if len(keys) else np.zeros(1, np.int32)
+        )
+        self._key_bytes = memoryview(keys.buffers()[2] or b"") if len(keys) else memoryview(b"")
+        self._first_key = keys.offset
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -77,11 +91,12 @@ class ShardIndex:
 
     def key(self, row: int) -> str:
         """Key of the sample in this row."""
-        return str(self._table.column(0)[row].as_py())
+        start, end = self._key_ends[self._first_key + row : self._first_key + row + 2].tolist()
+        return str(self._key_bytes[start:end], "utf-8")
 
     def keys(self) -> list[str]:
         """All keys, in the order of the tar."""
-        return [str(key) for key in self._table.column(0).to_pylist()]
+        return [self.key(row) for row in range(len(self))]
 
     @property
     def num_bytes(self) -> int:
