@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +71,12 @@ def evaluate_target(target: Path, data: Path | None = None) -> dict[str, Any]:
     device = _device()
     restored.model.to(device)
     say(f"evaluating {restored.source} on {given.path}: {len(given)} samples")
-    results = evaluate(restored.model, restored.config, given, restored.tokenizer, device=device)
+    config = restored.config
+    with tempfile.TemporaryDirectory(prefix="triptych-eval-") as notes:
+        # The loader notes bad samples in the run's folder; the one in an export's config may be another machine's.
+        here = config.model_copy(update={"run": config.run.model_copy(update={"dir": notes})})
+        results = evaluate(restored.model, here, given, restored.tokenizer, device=device)
+        _tell_bad_samples(Path(notes) / "quarantine.jsonl")
     results["data"]["path"] = str(given.path)
     return results | {"step": restored.step, "checkpoint": str(restored.source)}
 
@@ -81,6 +87,15 @@ def write_json(path: Path, value: Any) -> None:
 
     with atomic_file(path) as file:
         file.write((json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
+
+
+def _tell_bad_samples(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for line in lines[:5]:
+        bad = json.loads(line)
+        say(f"left out {bad['key']} in {bad['shard']}: {bad['reason']} ({bad['detail']})")
+    if len(lines) > 5:
+        say(f"... and {len(lines) - 5} more")
 
 
 def _restore(target: Path) -> Restored:

@@ -171,12 +171,13 @@ def _encode_prompts(model: Any, tokenizer: Any, classes: Sequence[str], template
     for name in classes:
         # Not str.format: a class name or a prompt may hold braces of its own.
         texts = [template.replace("{}", name) for template in templates]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # As captions are encoded: what looks like a special token in a class name is text.
+        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         length = torch.tensor([len(row) for row in ids], dtype=torch.int64)
         padded = torch.zeros(len(ids), max(1, int(length.max())), dtype=torch.int64)
         for i, row in enumerate(ids):
             padded[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        mean = model.encode_text(padded, length).cpu().mean(0)
+        mean = model.encode_text(padded, length).float().cpu().mean(0)
         rows.append(torch.nn.functional.normalize(mean, dim=0).numpy())
     return np.stack(rows) if rows else np.zeros((0, 1), dtype=np.float32)
 

@@ -6,13 +6,19 @@ Inputs are batches of the evaluation loader. Prompts differ in length, so they a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pretrain.features import log_mel
 from pretrain.model.omni import OmniPretrainer
+from pretrain.sample_batches import sample_batches
+
+if TYPE_CHECKING:
+    from data_pipelines.dataset import Dataset
+    from pretrain.restore import Restored
 
 
 @torch.inference_mode()
@@ -36,6 +42,26 @@ def caption(
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
+def caption_samples(restored: Restored, dataset: Dataset, ids: Sequence[int], see: tuple[str, ...]) -> list[str]:
+    """Greedy captions of some samples of a dataset, in the order of `ids`.
+
+    Args:
+        restored: a model with its settings and tokenizer.
+        dataset: where the samples are.
+        ids: which samples.
+        see: modalities that the captions may be about.
+
+    Returns:
+        One text for each id; empty for a sample that does not decode.
+    """
+    found: dict[int, str] = {}
+    samples = [dataset[i] for i in ids]
+    size = restored.config.evaluation.batch
+    for places, batch in sample_batches(restored.config, restored.tokenizer, samples, size):
+        found |= zip(places, caption(restored.model, restored.tokenizer, batch, see), strict=False)
+    return [found.get(place, "") for place in range(len(ids))]
+
+
 @torch.inference_mode()
 def caption_ids(
     model: OmniPretrainer,
@@ -54,7 +80,7 @@ def caption_ids(
             max_new_tokens=max_new_tokens or model.config.data.text.max_tokens,
             bos_token_id=model.special.bos,
             eos_token_id=model.special.eos,
-            pad_token_id=_PAD,
+            pad_token_id=_pad(model),
         )
     finally:
         model.train(was_training)
@@ -83,8 +109,9 @@ def prompt_inputs(
         for i, (images, sounds) in enumerate(zip(num_image, num_audio, strict=True))
     ]
     width = max(len(row) for row in rows)
+    pad = _pad(model)
     inputs = {
-        "input_ids": torch.tensor([[_PAD] * (width - len(row)) + row for row in rows]),
+        "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
     }
     images, sounds = num_image > 0, num_audio > 0
@@ -97,4 +124,5 @@ def prompt_inputs(
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-_PAD = 0  # <pad> of every tokenizer of ours; under the attention mask its value does not matter
+def _pad(model: OmniPretrainer) -> int:
+    return int(model.backbone.config.get_text_config().pad_token_id)

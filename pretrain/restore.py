@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from data_pipelines.errors import BadInput
+from data_pipelines.tokenizer import load_folder
 from pretrain.checkpoint import Found, find_latest, folder_of, verify
 from pretrain.config import Config, load_config
 from pretrain.consolidate import Weights, open_weights
@@ -78,7 +78,7 @@ def restore_run(run_dir: Path, checkpoint: Found) -> Restored:
     config = load_config(run_dir / "config.yaml")
     if not (run_dir / "tokenizer").is_dir():
         raise BadInput(f"{run_dir / 'tokenizer'}: the run's tokenizer is missing")
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", local_files_only=True)
+    tokenizer = load_folder(run_dir / "tokenizer")
     model = OmniPretrainer.build(config, tokenizer)
     fill(model, open_weights(checkpoint.path))
     return Restored(model.eval(), config, tokenizer, checkpoint.step, checkpoint.path)
@@ -96,7 +96,7 @@ def restore_export(folder: Path) -> Restored:
     if not heads_file.is_file():
         raise BadInput(f"{heads_file}: missing, and evaluation needs the pretraining heads")
     config = load_config(folder / TRAINING_CONFIG)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_folder(folder)
     backbone = backbones.family(config.model.family).from_pretrained(str(folder), config.model.attention)
     heads = make_heads(config, backbone.config)
     heads.load_state_dict({name: tensor.float() for name, tensor in load_file(heads_file).items()})

@@ -56,7 +56,8 @@ def test_greedy_by_hand_agrees(model):
             if written[-1] == model.special.eos:
                 break
     assert caption_ids(model, batch, max_new_tokens=6)[0] == written
-    assert inputs["input_ids"][0].tolist() == model.prompt_ids(4, int(model.audio_soft_tokens(batch["audio_length"])[0]))
+    num_audio = int(model.audio_soft_tokens(batch["audio_length"])[0])
+    assert inputs["input_ids"][0].tolist() == model.prompt_ids(4, num_audio)
 
 
 def test_captions_are_text_without_special_tokens(model):
