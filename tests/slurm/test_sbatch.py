@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.conftest import Cluster
+from tests.small_run import CONFIG, small_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = str(ROOT / "slurm" / "pretrain.sbatch")
@@ -127,6 +128,29 @@ def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, submit_folder: P
     cluster.wait(urgent, "COMPLETED")
     assert int(cluster.wait(job, "COMPLETED")["Restarts"]) >= 1
     assert all((submit_folder / "marks" / f"saved-{rank}").exists() for rank in (0, 1))
+
+
+def test_a_whole_run_on_two_nodes_goes_on_after_a_requeue(cluster: Cluster, tmp_path: Path) -> None:
+    folder = with_python(tmp_path)
+    small_dataset(folder / "train", "small-train", range(32))
+    text = CONFIG.format(run=folder / "run", train=folder / "train", test=folder / "train", stage=2)
+    # No evaluation, and steps enough that the signal comes in between.
+    text = text.replace(f"  eval: {folder / 'train'}\n", "").replace("max_steps: 4", "max_steps: 60")
+    (folder / "config.yaml").write_text(text.replace("every_steps: 2", "every_steps: 500"))
+
+    job = submit(cluster, folder, [], "config.yaml", "--set", "train.learning_rate=1e-3")
+    metrics = folder / "run" / "metrics.jsonl"
+    wait_for(cluster, job, metrics, seconds=180)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job), cwd=folder)
+    done = cluster.wait(job, "COMPLETED", seconds=240)
+
+    assert done["Restarts"] == "1", log(folder, job)
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 61))
+    (manifest,) = (folder / "run" / "checkpoints").glob("step-00000060/MANIFEST.json")
+    assert json.loads(manifest.read_text())["world_size"] == 2
+    run = json.loads((folder / "run" / "run.json").read_text())
+    assert run["restarts"] == 1 and run["world_sizes"] == [2, 2]
+    assert {start["host"] for start in run["starts"]} <= {"node1", "node2"}
 
 
 def wait_for(cluster: Cluster | None, job: int, path: Path, seconds: float = 90) -> None:
