@@ -1,10 +1,10 @@
 """Checkpoints that exist only when whole.
 
-Ranks write into `.tmp-step-N.<id>` and fsync; after a barrier rank 0 writes `MANIFEST.json` with the size and SHA-256 of
-every file, fsyncs, renames to `step-N`, fsyncs the parent, and only then moves the `latest` hint and removes old ones.
-Valid means: the manifest parses, every file that it lists is there with its size and hash, and nothing else is. Resume
-takes the newest valid one and says which it passed over and why. Nothing in a checkpoint is unpickled: weights load
-weights-only, generators are safetensors, the rest is JSON.
+Ranks write into `.tmp-step-N.<id>` and fsync; after a barrier rank 0 writes `MANIFEST.json` with the size and SHA-256
+of every file, fsyncs, renames to `step-N`, fsyncs the parent, and only then moves the `latest` hint and removes old
+ones. Valid means: the manifest parses, every file that it lists is there with its size and hash, and nothing else is.
+Resume takes the newest valid one and says which it passed over and why. Nothing in a checkpoint is unpickled: weights
+load weights-only, generators are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """accelerate and DeepSpeed: the only file that knows either.
 
-The DeepSpeed config is derived from ours, with numbers. What is worked around here was measured on DeepSpeed 0.19.8 and
-accelerate 1.15.0: a gloo backend must be named or every rank believes that it is alone; DeepSpeed compiles a
-shared-memory op with gcc at start, which only inference uses and whose lock a killed process leaves behind; weights-only
-loading must be forced, because DeepSpeed loads pickles.
+The DeepSpeed config is derived from ours, with numbers. What is worked around here was measured on DeepSpeed 0.19.8
+and accelerate 1.15.0: a gloo backend must be named or every rank believes that it is alone; DeepSpeed compiles a
+shared-memory op with gcc at start, which only inference uses and whose lock a killed process leaves behind;
+weights-only loading must be forced, because DeepSpeed loads pickles.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +55,8 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    # DeepSpeed calls collectives by names that torch is about to change; nobody who trains can do anything about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     for name in ("deepspeed", "DeepSpeed", "accelerate", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -74,7 +77,8 @@ class Engine:
     def __init__(self, config: Config) -> None:
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
             raise BadInput(
-                "accelerate was started with --cpu, which silently drops DeepSpeed: use `accelerate launch --use_deepspeed`"
+                "accelerate was started with --cpu, which silently drops DeepSpeed; "
+                "use `accelerate launch --use_deepspeed`"
             )
         _check_device(config)
         import deepspeed

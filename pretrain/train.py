@@ -1,6 +1,6 @@
 """The program that `accelerate launch -m pretrain.train CONFIG` starts, once a rank.
 
-Exit status: 0 done; 1 a fault of ours; 2 bad input, said in one line by rank 0; 75 stopped on purpose with a checkpoint.
+Exit status: 0 done; 1 a fault of ours; 2 bad input, said in one line by rank 0; 75 stopped, with a checkpoint saved.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 One optimizer step: take this rank's share of the global batch, cut it into micro-batches, plan them (rows, masks,
 counts), sum the counts over ranks, and backpropagate each loss divided by its global count. With more than one
 micro-batch the contrastive loss still sees the whole global batch: embeddings are made first without gradient, the
-loss's gradient with respect to them is cached, and each micro-batch then backpropagates its part (GradCache, Gao et al.,
-2021). Losses therefore do not depend on world size or accumulation.
+loss's gradient with respect to them is cached, and each micro-batch then backpropagates its part (GradCache, Gao et
+al., 2021). Losses therefore do not depend on world size or accumulation.
 """
 
 from __future__ import annotations

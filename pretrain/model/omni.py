@@ -1,9 +1,9 @@
 """`OmniPretrainer`: a native transformers backbone, the pretraining heads, and one forward pass for all losses.
 
-One step runs each tower once, embeds token ids once and calls the language model once, on packed rows. Every module is
-called the same number of times in the same order on every rank, whatever modalities that rank holds: where a rank has no
-image or no sound its tower runs on one noise dummy whose outputs go nowhere, and the dummy's zero-weighted sum keeps the
-gradient (and so ZeRO's collectives) in step. Losses come out as sums; the caller divides by global counts.
+One step runs each tower once, embeds token ids once and calls the language model once, on packed rows. Every module
+is called the same number of times in the same order on every rank, whatever modalities that rank holds: where a rank
+has no image or no sound its tower runs on one noise dummy whose outputs go nowhere, and the dummy's zero-weighted sum
+keeps the gradient (and so ZeRO's collectives) in step. Losses come out as sums; the caller divides by global counts.
 """
 
 from __future__ import annotations

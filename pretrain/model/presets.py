@@ -1,7 +1,7 @@
 """Sizes of the networks: one table a preset, read by the backbone families.
 
-`tiny` is for tests, demos and two CPU cores; `base` and `large` are for GPUs. Parameter counts with the default image and
-audio geometry and the vocabulary named stand in docs/model.md, counted by a test.
+`tiny` is for tests, demos and two CPU cores; `base` and `large` are for GPUs. Parameter counts with the default image
+and audio geometry and the vocabulary named stand in docs/model.md, counted by a test.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Turn a batch into packed rows for one call of the language model.
 
-A sample with text becomes up to two segments: the conditioned one, [BOS, image, audio, text, EOS] with whatever of image
-and audio it shows, and the plain one, [BOS, text, EOS], which trains the language model on its own and whose EOS is the
-text's place in the joint embedding. Segments are packed into rows; position ids restart at each, which is how
-transformers keeps packed sequences apart. Everything here is index arithmetic on the CPU.
+A sample with text becomes up to two segments: the conditioned one, [BOS, image, audio, text, EOS] with whatever of
+image and audio it shows, and the plain one, [BOS, text, EOS], which trains the language model on its own and whose
+EOS is the text's place in the joint embedding. Segments are packed into rows; position ids restart at each, which is
+how transformers keeps packed sequences apart. Everything here is index arithmetic on the CPU.
 """
 
 from __future__ import annotations

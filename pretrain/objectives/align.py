@@ -60,8 +60,8 @@ def gather(x: Tensor) -> Tensor:
 def align_loss(local: Embeddings, objectives: ObjectivesConfig) -> tuple[Tensor, int]:
     """This rank's share of the alignment loss, as a sum, and the global number of pairs.
 
-    The sum over ranks divided by the number of pairs is the loss: the mean over all pairs of all kinds, each pair counted
-    in both directions with weight one half.
+    The sum over ranks divided by the number of pairs is the loss: the mean over all pairs of all kinds, each pair
+    counted in both directions with weight one half.
     """
     size = len(local.present["text"])
     flags = torch.stack([local.present[name] for name in _NAMES], dim=1)

@@ -1,7 +1,7 @@
 """Add the losses up: sums over what each rank holds, divided by global counts, weighted by the config.
 
-A loss is never a mean of means: every sum is divided by the number of things that it sums over in the whole global batch,
-so the result does not depend on how samples were dealt to ranks and micro-batches.
+A loss is never a mean of means: every sum is divided by the number of things that it sums over in the whole global
+batch, so the result does not depend on how samples were dealt to ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def weighted_sum(sums: dict[str, Tensor], counts: dict[str, int], weights: Losse
 def means(
     sums: dict[str, float], counts: dict[str, int], weights: LossesConfig
 ) -> tuple[float, dict[str, float | None]]:
-    """The joint loss and each loss on its own from global sums; null for a loss that is off or absent from the batch."""
+    """The joint loss and each loss on its own from global sums; null where off or absent from the batch."""
     parts: dict[str, float | None] = {}
     total = 0.0
     for name in NAMES:

@@ -21,7 +21,7 @@ def chance(seed: Tensor, stream: int, probability: float) -> Tensor:
 
 
 def patches(seed: Tensor, valid: Tensor, masked_chance: float, share: float) -> Tensor:
-    """Patches to hide: seed int64 [N], valid bool [N, P] -> bool [N, P], exactly round(share * valid) in a masked image."""
+    """Patches to hide: seed int64 [N], valid bool [N, P] -> bool [N, P]; round(share * valid) in each masked image."""
     score = uniform(seed, _IMAGE_PICK, valid.shape[1]).masked_fill(~valid, 2.0)
     rank = score.argsort(dim=1).argsort(dim=1)
     wanted = torch.round(valid.sum(1) * share)
@@ -29,8 +29,10 @@ def patches(seed: Tensor, valid: Tensor, masked_chance: float, share: float) -> 
 
 
 def tokens(seed: Tensor, count: Tensor, masked_chance: float, share: float) -> Tensor:
-    """Audio tokens to hide, in spans: seed int64 [N], count int64 [N] valid tokens -> bool [N, max(count)], or [N, 2] if
-    all counts are 0 (the dummy sound's width)."""
+    """Audio tokens to hide, in spans: seed int64 [N], count int64 [N] valid tokens -> bool [N, max(count)].
+
+    Where all counts are 0 the width is 2, the dummy sound's.
+    """
     width = int(count.max()) or _SPAN
     draw = uniform(seed, _AUDIO_PICK, width // _SPAN + 3)
     phase = (draw[:, 0] < 0.5).long()

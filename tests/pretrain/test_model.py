@@ -1,4 +1,4 @@
-"""The one forward pass: equal to plain transformers on each segment, and blind to what is absent and to who holds it."""
+"""The one forward pass: equal to plain transformers on each segment, and blind to what is absent and who holds it."""
 
 from __future__ import annotations
 
