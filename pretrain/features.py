@@ -17,6 +17,8 @@ from data_pipelines.config import AudioConfig, AugmentConfig
 from pretrain.counter_random import uniform
 
 MEL_FLOOR = 1e-3
+FRAME_MULTIPLE = 16
+"""Spectrograms are padded to this many frames: few shapes, so that kernels are made once and memory is found again."""
 _WARP, _TIME, _FREQUENCY = 101, 102, 103
 
 
@@ -71,13 +73,14 @@ def log_mel(samples: Tensor, length: Tensor, audio: AudioConfig) -> tuple[Tensor
 
     Returns:
         float32 [B, F, mel_bins], zero in invalid frames, and bool [B, F], true where the whole window is sound.
-        F is at least 1.
+        F is a multiple of FRAME_MULTIPLE, and at least that.
     """
     frame, hop = frame_length(audio), hop_length(audio)
     window, filters, fft_length = _constants(
         audio.sampling_rate, frame, audio.mel_bins, audio.min_frequency, audio.top_frequency, str(samples.device)
     )
-    frames_needed = max(1, int(num_frames(length, audio).max()) if length.numel() else 1)
+    longest = int(num_frames(length, audio).max()) if length.numel() else 0
+    frames_needed = max(1, -(-longest // FRAME_MULTIPLE)) * FRAME_MULTIPLE
     wanted = (frames_needed - 1) * hop + frame + 1
     waveform = samples.to(torch.float32) / 32768.0
     waveform = torch.nn.functional.pad(waveform, (frame // 2, max(0, wanted - frame // 2 - waveform.shape[1])))

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_pipelines.config import AudioConfig, AugmentConfig, ImageConfig
 from pretrain.config import Config
-from pretrain.features import augment_mel, log_mel, num_frames
+from pretrain.features import FRAME_MULTIPLE, augment_mel, log_mel, num_frames
 from pretrain.model import backbones
 from pretrain.model.heads import Heads
 from pretrain.model.presets import PRESETS
@@ -267,7 +267,7 @@ class OmniPretrainer(nn.Module):
             if augment is not None:
                 mel = augment_mel(mel, valid_frames, batch["seed"][plan.audio_index].to(device), augment)
         tokens = -(-mel.shape[1] // stride)
-        mask = plan.audio_mask.to(device)
+        mask = nn.functional.pad(plan.audio_mask, (0, tokens - plan.audio_mask.shape[1])).to(device)
         hidden_frames = mask.repeat_interleave(stride, dim=1)[:, : mel.shape[1]]
         shown = self.heads.audio_mask(mel.to(dtype), hidden_frames)
         features, valid, soft = self.family.audio_tower(self.backbone, shown, valid_frames)
@@ -311,7 +311,7 @@ class OmniPretrainer(nn.Module):
         return pixels.to(device), position.to(device)
 
     def _dummy_mel(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        frames = 2 * self.family.AUDIO_STRIDE
+        frames = FRAME_MULTIPLE
         generator = torch.Generator().manual_seed(0)
         mel = torch.randn(1, frames, self.audio_config.mel_bins, generator=generator)
         return mel.to(device), torch.ones(1, frames, dtype=torch.bool, device=device)

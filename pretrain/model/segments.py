@@ -17,6 +17,9 @@ from torch import Tensor
 from data_pipelines.balance import pack
 
 
+_WIDTH_MULTIPLE = 16
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """Token ids that frame the modalities."""
@@ -113,7 +116,7 @@ def build_rows(
         segments.append((-1, np.array([special.bos]), 1, False))
 
     rows = pack(np.array([len(ids) for _, ids, _, _ in segments]), row_tokens)
-    width = max(sum(len(segments[s][1]) for s in row) for row in rows)
+    width = -(-max(sum(len(segments[s][1]) for s in row) for row in rows) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
     ids = np.full((len(rows), width), special.eos, dtype=np.int64)
     position = np.zeros((len(rows), width), dtype=np.int64)
     slots: dict[str, list[np.ndarray]] = {name: [] for name in ("image", "image_source", "audio", "audio_source")}
