@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# A corrupt note in one of a million images is no news to the person who watches a run.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# Their headers only estimate the length.
 _LENIENT_FORMATS = frozenset({"MP3", "OGG", "MPEG"})
 
 
