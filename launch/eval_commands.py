@@ -54,14 +54,16 @@ def evaluate_target(target: Path, data: Path | None = None) -> dict[str, Any]:
         BadInput: neither a run nor an export, no valid checkpoint, or no data.
     """
     from data_pipelines import open_dataset
-    from pretrain.evaluate import evaluate
-    from pretrain.restore import TRAINING_CONFIG, is_export, is_run
+    from pretrain.folders import TRAINING_CONFIG, is_export, is_run
 
     if not target.is_dir():
         raise BadInput(f"{target}: no such folder; give a run directory or an export")
     if not is_run(target) and not is_export(target):
         raise BadInput(f"{target}: neither a run directory nor an export (no config.yaml, no {TRAINING_CONFIG})")
     given = open_dataset(data) if data is not None else None
+
+    from pretrain.evaluate import evaluate
+
     restored = _restore(target)
     if given is None:
         sources = restored.config.data.eval_sources
@@ -99,7 +101,8 @@ def _tell_bad_samples(file: Path) -> None:
 
 
 def _restore(target: Path) -> Restored:
-    from pretrain.restore import find_checkpoint, is_run, restore_export, restore_run
+    from pretrain.folders import is_run
+    from pretrain.restore import find_checkpoint, restore_export, restore_run
 
     if not is_run(target):
         return restore_export(target)

@@ -40,8 +40,11 @@ def export_command(
     Example: triptych export runs/demo/run --out runs/demo/export --dtype bf16
     """
     with messages_to_stderr():
+        from pretrain.folders import check_free, check_run, exported_step
+
+        check_run(run)
+        check_free(out)
         from pretrain.export import export
-        from pretrain.restore import exported_step
 
         outcome = export(run, out, step, dtype.value, license, check, say)
         found_step = exported_step(out)

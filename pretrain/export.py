@@ -27,10 +27,11 @@ from data_pipelines.errors import BadInput
 from pretrain.card import write_card
 from pretrain.config import Config
 from pretrain.consolidate import Weights, open_weights
+from pretrain.folders import HEADS_FOLDER, REFERENCE, RESULTS, TRAINING_CONFIG, check_free
 from pretrain.processors import save_processors
 from pretrain.reference import record
-from pretrain.restore import HEADS_FOLDER, TRAINING_CONFIG, Restored, find_checkpoint, restore_run
-from pretrain.verify import REFERENCE, Verification, verify_export, write_manifest
+from pretrain.restore import Restored, find_checkpoint, restore_run
+from pretrain.verify import Verification, verify_export, write_manifest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 2_000_000_000
@@ -66,7 +67,7 @@ def export(
     """
     if dtype not in DTYPES:
         raise BadInput(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
-    _check_free(out)
+    check_free(out)
     found, passed = find_checkpoint(run_dir, step)
     for bad in passed:
         say(f"passed over {bad.path}: {bad.reason}")
@@ -95,7 +96,7 @@ def export(
             outcome = verify_export(work, dataset)
             if not outcome.verified:
                 raise RuntimeError(f"the export is wrong and was not kept: {'; '.join(outcome.problems[:3])}")
-        _check_free(out)
+        check_free(out)
         if out.exists():
             out.rmdir()
         work.rename(out)
@@ -185,7 +186,7 @@ def copy_results(run_dir: Path, folder: Path, step: int | None) -> dict[str, Any
         except (OSError, ValueError):
             continue
         if isinstance(results, dict) and results.get("step") == step:
-            _write_json(folder / "eval" / "results.json", results)
+            _write_json(folder / RESULTS, results)
             return results
     return None
 
@@ -212,11 +213,6 @@ def installed_version() -> str:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # A view into a rank's flat buffer would drag the whole buffer along; safetensors wants memory of its own.
     return tensor.to(dtype).clone() if tensor.is_floating_point() else tensor.clone()
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"--out {out}: exists and is not empty; choose another folder or remove it")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -22,12 +22,11 @@ from PIL import Image
 from data_pipelines.dataset import Dataset
 from data_pipelines.shard import Sample
 from pretrain.features import log_mel
+from pretrain.folders import FORMAT_VERSION, PROBE_AUDIO, PROBE_IMAGE
 from pretrain.generate import caption_ids, prompt_inputs
 from pretrain.restore import Restored
 from pretrain.sample_batches import sample_batches
 
-FORMAT_VERSION = 1
-PROBE_IMAGE, PROBE_AUDIO = "eval/probe.png", "eval/probe.wav"
 VOCABULARY_SAMPLE = 32
 NEW_TOKENS = 24
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from data_pipelines.tokenizer import load_folder
 from pretrain.checkpoint import Found, find_latest, folder_of, verify
 from pretrain.config import Config, load_config
 from pretrain.consolidate import Weights, open_weights
+from pretrain.folders import HEADS_FOLDER, TRAINING_CONFIG, check_run, exported_step, is_export
 from pretrain.model import backbones
 from pretrain.model.omni import OmniPretrainer, make_heads, special_tokens
-
-HEADS_FOLDER = "pretrain_heads"
-TRAINING_CONFIG = "training_config.yaml"
 
 
 @dataclass(frozen=True)
@@ -35,24 +32,13 @@ class Restored:
     """The checkpoint, or the export, that the weights are from."""
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run directory."""
-    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder is an export of ours."""
-    return (folder / "config.json").is_file() and (folder / TRAINING_CONFIG).is_file()
-
-
 def find_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Found, list[Found]]:
     """A run's newest valid checkpoint, or that of `step`, verified; and the newer invalid ones that were passed over.
 
     Raises:
         BadInput: the folder is no run, has no valid checkpoint, or that step's is missing or invalid.
     """
-    if not is_run(run_dir):
-        raise BadInput(f"{run_dir}: not a run directory (no config.yaml with checkpoints/ beside it)")
+    check_run(run_dir)
     if step is not None:
         path = folder_of(run_dir, step)
         if not path.is_dir():
@@ -115,12 +101,3 @@ def fill(model: torch.nn.Module, weights: Weights) -> None:
         if weights.shape(name) != tensor.shape:
             raise RuntimeError(f"{name} is {tuple(weights.shape(name))} in the weights and {tuple(tensor.shape)} here")
         tensor.copy_(weights[name])
-
-
-def exported_step(folder: Path) -> int | None:
-    """Optimizer steps behind an export; None where it does not say."""
-    try:
-        step = json.loads((folder / HEADS_FOLDER / "config.json").read_text())["step"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return step if isinstance(step, int) else None

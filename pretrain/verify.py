@@ -24,11 +24,15 @@ from data_pipelines.dataset import Dataset
 from data_pipelines.decode import load_audio, load_image, to_int16
 from data_pipelines.errors import BadInput
 from pretrain.config import load_config
-from pretrain.reference import FORMAT_VERSION, PROBE_AUDIO, PROBE_IMAGE
+from pretrain.folders import (
+    EXPORT_MANIFEST,
+    FORMAT_VERSION,
+    PROBE_AUDIO,
+    PROBE_IMAGE,
+    REFERENCE,
+    TRAINING_CONFIG,
+)
 
-MANIFEST = "MANIFEST.json"
-REFERENCE = "eval/reference.json"
-TRAINING_CONFIG = "training_config.yaml"
 TOLERANCE = 1e-3
 """Largest difference of a loss in nats, and of a logit relative to the largest one."""
 _CHILD_SECONDS = 900
@@ -90,12 +94,14 @@ def write_manifest(folder: Path) -> None:
     """Write `MANIFEST.json`: size and SHA-256 of every file in the folder."""
     files = {name: _entry(folder / name) for name in _files(folder)}
     content = json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1, sort_keys=True)
-    (folder / MANIFEST).write_text(content + "\n")
+    (folder / EXPORT_MANIFEST).write_text(content + "\n")
 
 
 def _files(folder: Path) -> list[str]:
     names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return sorted(name.as_posix() for name in names if name.parts[0] not in _FOREIGN and name.as_posix() != MANIFEST)
+    return sorted(
+        name.as_posix() for name in names if name.parts[0] not in _FOREIGN and name.as_posix() != EXPORT_MANIFEST
+    )
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -119,13 +125,13 @@ def _read_reference(folder: Path) -> dict[str, Any]:
 
 def _check_files(folder: Path, result: Verification) -> list[str]:
     try:
-        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        listed = json.loads((folder / EXPORT_MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
-        return [f"{MANIFEST} is missing or cannot be read"]
+        return [f"{EXPORT_MANIFEST} is missing or cannot be read"]
     there = _files(folder)
     result.num_files = len(there)
     problems = [f"{name} is missing" for name in sorted(set(listed) - set(there))]
-    problems += [f"{name} is not in {MANIFEST}" for name in sorted(set(there) - set(listed))]
+    problems += [f"{name} is not in {EXPORT_MANIFEST}" for name in sorted(set(there) - set(listed))]
     for name in sorted(set(there) & set(listed)):
         if _entry(folder / name) != listed[name]:
             problems.append(f"{name} is not the file that was exported (its size or SHA-256 differs)")
