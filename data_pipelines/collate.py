@@ -101,8 +101,9 @@ class Collator:
         member = None
         try:
             if raw.too_large is not None:
-                member = raw.too_large
-                raise DecodeError("size", f"the {member} is larger than the limit of {self.limits[member]} bytes")
+                member = _extension(raw, raw.too_large)
+                limit = self.limits[raw.too_large]
+                raise DecodeError("size", f"the {raw.too_large} is larger than the limit of {limit} bytes")
             if raw.json is not None:
                 member = "json"
                 result.label = _label(decode_metadata(raw.json, MAX_METADATA_BYTES))
@@ -182,6 +183,10 @@ class _BadMember(Exception):
         super().__init__(member)
         self.member = member
         self.fault = fault
+
+
+def _extension(raw: RawSample, member: str) -> str:
+    return {"image": raw.image_extension, "audio": raw.audio_extension, "text": "txt"}.get(member, member)
 
 
 def _label(metadata: dict[str, Any]) -> int:

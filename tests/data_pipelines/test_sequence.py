@@ -1,0 +1,121 @@
+"""The endless sequence: epochs follow each other, sources keep their own, and a foreign state is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipelines.errors import BadInput
+from data_pipelines.order import Order
+from data_pipelines.sequence import SampleSequence, check_state, sample_seeds
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A dataset's outline, which is all that the sequence looks at."""
+
+    shard_sizes: np.ndarray
+    fingerprint: str = "f" * 64
+
+
+def sequence(*sizes: list[int], weights: list[float] | None = None, **options: Any) -> SampleSequence:
+    sources = [Sizes(np.array(one, dtype=np.int64), f"{number:064x}") for number, one in enumerate(sizes)]
+    settings = {"seed": 3, "global_batch": 16, "num_streams": 720, "shuffle_block": 65_536, "tail": "wrap"} | options
+    return SampleSequence(sources, weights or [1.0] * len(sizes), **settings)
+
+
+def test_one_source_is_the_order_epoch_after_epoch() -> None:
+    made = sequence([70, 30])
+    expected = np.concatenate([Order([70, 30], 3, epoch).at(np.arange(100)) for epoch in range(3)])
+    picked = [made.batch(step) for step in range(18)]
+    np.testing.assert_array_equal(np.concatenate([one.sample for one in picked]), expected[: 18 * 16])
+    np.testing.assert_array_equal(np.concatenate([one.epoch for one in picked]), np.arange(18 * 16) // 100)
+    assert made.samples_an_epoch == 100
+
+
+def test_a_batch_larger_than_the_data_goes_round_it() -> None:
+    ids = sequence([5], global_batch=16).batch(0)
+    assert np.bincount(ids.sample, minlength=5).tolist() == [4, 3, 3, 3, 3] or ids.sample.size == 16
+    assert all(sorted(ids.sample[5 * turn : 5 * turn + 5]) == list(range(5)) for turn in range(3))
+
+
+def test_drop_begins_every_epoch_with_a_batch() -> None:
+    made = sequence([70, 30], tail="drop")
+    assert made.samples_an_epoch == 96
+    for step in (0, 5, 6, 13):
+        epoch, within = divmod(step, 6)
+        picked = made.batch(step)
+        np.testing.assert_array_equal(picked.sample, Order([70, 30], 3, epoch).global_batch(within, 16))
+        assert set(picked.epoch.tolist()) == {epoch}
+    with pytest.raises(BadInput, match="data.tail"):
+        sequence([10], tail="drop")
+    with pytest.raises(BadInput, match="single training dataset"):
+        sequence([100], [100], tail="drop")
+
+
+def test_each_source_has_its_own_epochs_and_ids() -> None:
+    made = sequence([40], [400], weights=[1, 3])
+    picked = [made.batch(step) for step in range(100)]
+    source, index = (np.concatenate([getattr(one, name) for one in picked]) for name in ("source", "index"))
+    epoch = np.concatenate([one.epoch for one in picked])
+    assert abs((source == 0).mean() - 0.25) < 0.01
+    assert set(index[source == 0].tolist()) == set(range(40)) and set(index[source == 1].tolist()) == set(
+        range(40, 440)
+    )
+    assert epoch[source == 0].max() == 9 and epoch[source == 1].max() == 2
+    first = index[source == 0][:40]
+    assert sorted(first.tolist()) == list(range(40)), "a source's epoch holds each of its samples once"
+    assert made.state(100)["cursors"] == [int((source == 0).sum()), int((source == 1).sum())]
+
+
+def test_the_same_data_twice_does_not_go_in_step() -> None:
+    made = sequence([1000], [1000])
+    picked = [made.batch(step) for step in range(20)]
+    sample, source = (np.concatenate([getattr(one, name) for one in picked]) for name in ("sample", "source"))
+    assert (sample[source == 0] == sample[source == 1]).mean() < 0.1
+
+
+def test_seeds_are_of_the_sample_and_the_epoch() -> None:
+    index = np.arange(1000)
+    one, other = (sample_seeds(7, np.full(1000, epoch), index) for epoch in (0, 1))
+    assert len(np.unique(np.concatenate([one, other, sample_seeds(8, np.zeros(1000, np.int64), index)]))) == 3000
+    assert one.dtype == np.int64 and one.min() >= 0
+    np.testing.assert_array_equal(sample_seeds(7, np.zeros(1, np.int64), index[5:6]), one[5:6])
+    # Golden: other seeds are other augmentation and other masks in every run that is resumed.
+    assert one[:3].tolist() == [5620672417314516668, 8885351339813208944, 2699158312959822386]
+
+
+def test_state_is_small_and_says_where_the_run_is() -> None:
+    state = sequence([70, 30]).state(10)
+    assert len(json.dumps(state)) < 300
+    assert (state["samples"], state["epoch"], state["cursors"], state["num_streams"]) == (160, 1, [160], [1])
+    check_state(json.loads(json.dumps(state)), sequence([70, 30]).state(0))
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        (sequence([70, 30], seed=4), "seed"),
+        (sequence([70, 30], global_batch=8), "global_batch"),
+        (sequence([70, 30], tail="drop"), "tail"),
+        (sequence([70, 30], shuffle_block=8), "shuffle_block"),
+        (sequence([700, 30]), "num_streams"),
+        (sequence([70, 30], [10]), "fingerprint"),
+        (sequence([70, 30], [10], weights=[2, 1]), "fingerprint"),
+    ],
+)
+def test_a_foreign_state_is_refused_by_name(other: SampleSequence, field: str) -> None:
+    with pytest.raises(BadInput, match=f"{field} was"):
+        other.check_state(sequence([70, 30]).state(10))
+
+
+def test_another_mixture_or_version_is_refused() -> None:
+    two = sequence([70], [30], weights=[2, 1])
+    with pytest.raises(BadInput, match="mixture was"):
+        two.check_state(sequence([70], [30], weights=[1, 1]).state(0))
+    with pytest.raises(BadInput, match="version was None"):
+        two.check_state({})
