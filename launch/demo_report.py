@@ -38,8 +38,7 @@ def write_demo_report(out: Path, config: Config, results: dict[str, Any], export
         for i, text in zip(ids, texts, strict=True):
             sample = test[i]
             lines = [("caption", text), ("reference", sample.text), ("label", _label(sample.metadata))]
-            only = {"image": sample.image, "audio": sample.audio} | {"audio" if modality == "image" else "image": None}
-            shown.append(example(_with(sample, only), audio, lines))
+            shown.append(example(sample, audio, lines, only=modality))
         captioned.append(
             Group(
                 f"Captions of test {word}s",
@@ -71,12 +70,6 @@ def write_demo_report(out: Path, config: Config, results: dict[str, Any], export
         ),
         out / "report.html",
     )
-
-
-def _with(sample: Any, members: dict[str, bytes | None]) -> Any:
-    from dataclasses import replace
-
-    return replace(sample, **members)
 
 
 def _captions(export: Path, dataset: Dataset, ids: list[int], modality: str) -> list[str]:

@@ -11,12 +11,16 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
 @contextlib.contextmanager
 def messages_to_stderr() -> Iterator[None]:
     """Send what is written to standard output inside, by Python or below it, to standard error."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
+        # Otherwise DeepSpeed warns that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)

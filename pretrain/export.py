@@ -153,8 +153,7 @@ def write_safetensors(weights: Weights, names: Sequence[str], folder: Path, dtyp
     )
     for file, inside in plan.filename_to_tensors.items():
         shard = {name: _cast(weights[name], dtype) for name in inside}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        _fsync(folder / file)
+        _save(shard, folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
@@ -165,7 +164,7 @@ def write_heads(restored: Restored, weights: Weights, folder: Path) -> None:
     """Write `pretrain_heads/`: what evaluation and further pretraining need, and loading the model does not."""
     heads = folder / HEADS_FOLDER
     heads.mkdir()
-    save_file({name: weights[name] for name in weights}, heads / "model.safetensors", metadata={"format": "pt"})
+    _save({name: weights[name] for name in weights}, heads / "model.safetensors")
     about = {
         "format_version": 1,
         "step": restored.step,
@@ -220,6 +219,11 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _fsync(path: Path) -> None:
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    # safetensors makes its files readable by the owner alone; on a cluster others are to load them too.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -27,6 +29,8 @@ class Provenance:
     audio: int
     all_three: int
     audio_seconds: float
+    built_from: str
+    """What `triptych data build` read, in words; empty for tars that came from elsewhere."""
 
     @property
     def hours(self) -> str:
@@ -45,8 +49,27 @@ def count(dataset: Dataset, role: str) -> Provenance:
         every += int((has[0] & has[1] & has[2]).sum())
         seconds += float(dataset.costs(ids).audio_seconds.astype(np.float64).sum())
     return Provenance(
-        dataset.name, role, dataset.fingerprint, len(dataset), image, text, audio, every, round(seconds, 3)
+        name=dataset.name,
+        role=role,
+        fingerprint=dataset.fingerprint,
+        num_samples=len(dataset),
+        image=image,
+        text=text,
+        audio=audio,
+        all_three=every,
+        audio_seconds=round(seconds, 3),
+        built_from=_built_from(dataset.path),
     )
+
+
+def _built_from(folder: Path) -> str:
+    try:
+        source = json.loads((folder / "build.json").read_bytes())["source"]
+        facts = [(name, value) for name, value in source.items() if isinstance(value, (str, int)) and value != ""]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    # A card is for strangers: names of files, not where they lay.
+    return ", ".join(f"{name} {Path(value).name if isinstance(value, str) else value}" for name, value in facts)
 
 
 def licences(dataset: Dataset) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Example:
     spectrogram: str | None
     audio: str | None
     texts: list[tuple[str, str]]
+    absent: str = "no"
+    """What stands before `picture` or `sound` in the place of one that is not there."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,19 @@ def spread(dataset: Dataset, number: int, need: Sequence[str] = ()) -> list[int]
     return ids[np.unique(np.linspace(0, len(ids) - 1, number).astype(int))].tolist() if len(ids) else []
 
 
-def example(sample: Sample, audio: AudioConfig, texts: Sequence[tuple[str, str | None]]) -> Example:
+def example(
+    sample: Sample, audio: AudioConfig, texts: Sequence[tuple[str, str | None]], only: str | None = None
+) -> Example:
     """A sample for the page, with its picture, spectrogram and sound inside.
 
     Args:
         sample: what to show; a picture or sound that does not decode is shown as missing.
         audio: how the model hears, for the spectrogram.
         texts: labels and texts to put below; None is left out.
+        only: `image` or `audio` shows that member alone; None shows what there is.
     """
+    if only is not None:
+        sample = replace(sample, **{"audio" if only == "image" else "image": None})
     picture, small, spectrogram, sound = None, False, None, None
     header = image_size(sample.image) if sample.image is not None else None
     if sample.image is not None and header is not None:
@@ -141,7 +148,7 @@ def example(sample: Sample, audio: AudioConfig, texts: Sequence[tuple[str, str |
                 spectrogram = data_uri(spectrogram_png(mel[0][mask[0]].numpy()), "image/png")
             sound = data_uri(sample.audio, _AUDIO_TYPES[sample.audio_extension])
     shown = [(label, text) for label, text in texts if text is not None]
-    return Example(sample.key, picture, small, spectrogram, sound, shown)
+    return Example(sample.key, picture, small, spectrogram, sound, shown, "no" if only is None else "without the")
 
 
 def _charts(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers.utils.logging import disable_progress_bar
 
 from data_pipelines.errors import BadInput
 from data_pipelines.tokenizer import load_folder
@@ -83,6 +84,7 @@ def restore_export(folder: Path) -> Restored:
         raise BadInput(f"{heads_file}: missing, and evaluation needs the pretraining heads")
     config = load_config(folder / TRAINING_CONFIG)
     tokenizer = load_folder(folder)
+    disable_progress_bar()
     backbone = backbones.family(config.model.family).from_pretrained(str(folder), config.model.attention)
     heads = make_heads(config, backbone.config)
     heads.load_state_dict({name: tensor.float() for name, tensor in load_file(heads_file).items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -118,8 +119,9 @@ class TestOfARun:
         assert all(name.startswith(("model.", "lm_head")) for name in load_file(out / WEIGHTS))
         assert "similarity.logit_scale" in load_file(out / "pretrain_heads" / WEIGHTS)
 
-    def test_nothing_half_made_stays(self, exported):
+    def test_nothing_half_made_stays_and_others_may_read_it(self, exported):
         _, out = exported
+        assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o666 & ~_umask()}
         assert [path.name for path in out.parent.iterdir()] == [out.name]
 
     def test_verification_compares_samples_of_the_data_too(self, exported):
@@ -146,7 +148,7 @@ class TestOfARun:
         folder, out = exported
         card = ModelCard.load(out / "README.md")
         assert card.data.library_name == "transformers" and card.data.pipeline_tag == "any-to-any"
-        assert card.data.datasets == ["small-test", "small-train"]
+        assert card.data.datasets == ["small-train"]
         results = json.loads((folder / "run" / "eval" / "results.json").read_text())
         measured = {(found.task_type, found.metric_name): found.metric_value for found in card.data.eval_results}
         assert measured["zero-shot-image-classification", "top-1"] == round(results["zero_shot"]["image_top1"], 4)
@@ -260,3 +262,9 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(tmp_path):
     outcome = export(broken, tmp_path / "out", check=False, say=said.append)
     assert outcome is None and restore_export(tmp_path / "out").step == 2
     assert any("passed over" in line and "step-00000004" in line for line in said)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
