@@ -24,6 +24,10 @@ from pretrain.engine import Engine, accumulation_steps, global_rank, global_worl
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
+class SeenByOneRank(BadInput):
+    """Bad input that this rank met in its own share of the data, so that no other rank will say it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank and return its exit status."""
     parser = argparse.ArgumentParser(
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return DONE if train(options.config, options.set, options.resume) else STOPPED
     except BadInput as error:
-        if global_rank() == 0:
+        if global_rank() == 0 or isinstance(error, SeenByOneRank):
             print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
@@ -62,8 +66,7 @@ def train(config_path: str, overrides: Sequence[str], resume: str) -> bool:
     run_dir = Path(config.run.dir)
     if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
         raise BadInput(f"{run_dir} holds checkpoints and --resume is never: use another run.dir, or --resume auto")
-    if global_rank() == 0:
-        build_datasets(config)
+    build_datasets(config)
 
     from data_pipelines import open_dataset
     from data_pipelines.loader import build_loader
@@ -103,22 +106,30 @@ def train(config_path: str, overrides: Sequence[str], resume: str) -> bool:
         if config.logging.tensorboard:
             callbacks.append(TensorBoard(run_dir / "tensorboard"))
         if config.data.eval is not None:
-            callbacks.append(Evaluation(open_dataset(config.data.eval_sources[0].path), tokenizer))
+            callbacks.append(Evaluation([open_dataset(source.path) for source in config.data.eval_sources], tokenizer))
         trainer = Trainer(config, engine, run_dir, run_id, loader.samples_an_epoch, callbacks, loader.state)
         trainer.step = step
         if engine.is_main and start is not None:
             print(f"resuming from {start} at step {step}", file=sys.stderr)
-        return trainer.run(iter(loader))
+        try:
+            return trainer.run(iter(loader))
+        except BadInput as error:
+            raise SeenByOneRank(f"rank {engine.rank}: {error}") from None
     finally:
         engine.close()
 
 
 def build_datasets(config: Any) -> None:
-    """Build the datasets of `data.build` that are not there yet."""
+    """Build the datasets of `data.build` that are not there yet, on rank 0; the others wait, however long it takes."""
     from data_pipelines.build import build_dataset
 
     for wanted in config.data.build:
-        build_dataset(wanted.source, Path(wanted.out), split=wanted.split, shard_size=wanted.shard_size)
+        out = Path(wanted.out)
+        if global_rank() == 0:
+            build_dataset(wanted.source, out, split=wanted.split, shard_size=wanted.shard_size)
+        while not (out / "dataset.json").exists():
+            # Outside any collective, whose timeout a build may outlast; the launcher ends us if rank 0 fails.
+            time.sleep(0.2)
 
 
 def find_start(run_dir: Path, resume: str, engine: Engine) -> tuple[Path | None, list[Any]]:
@@ -144,7 +155,7 @@ def write_run_files(run_dir: Path, config_text: str, engine: Engine, step: int) 
     run = json.loads(path.read_text()) if path.exists() else {}
     if not run:
         run = {"run_id": secrets.token_hex(8), "created": time.time(), "restarts": 0, "world_sizes": [], "starts": []}
-    elif step:
+    else:
         run["restarts"] += 1
     run["world_sizes"].append(engine.world_size)
     run["starts"].append({"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)})

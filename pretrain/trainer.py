@@ -230,6 +230,8 @@ FREE_SETTINGS = (
     "data.num_workers",
     "data.worker_type",
     "data.prefetch",
+    "data.max_bad_rate",
+    "data.max_bad_run",
     "checkpoint",
     "evaluation",
     "logging",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 
 
 class Evaluation(Callback):
-    """Runs `evaluate` on all ranks every `evaluation.every_steps` steps and after the last step."""
+    """Runs `evaluate` on all ranks every `evaluation.every_steps` steps and after the last step.
 
-    def __init__(self, dataset: Dataset, tokenizer: Any) -> None:
-        self._dataset = dataset
+    The first dataset's results are the run's; those of further ones stand under `more`, by name.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], tokenizer: Any) -> None:
+        self._datasets = datasets
         self._tokenizer = tokenizer
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
@@ -31,15 +35,20 @@ class Evaluation(Callback):
             return
         engine = trainer.engine
         engine.module.eval()
-        results = evaluate(
-            engine.model,
-            config,
-            self._dataset,
-            self._tokenizer,
-            rank=engine.rank,
-            world_size=engine.world_size,
-            device=engine.device,
-        )
+        results, *others = [
+            evaluate(
+                engine.model,
+                config,
+                dataset,
+                self._tokenizer,
+                rank=engine.rank,
+                world_size=engine.world_size,
+                device=engine.device,
+            )
+            for dataset in self._datasets
+        ]
+        if others:
+            results["more"] = {dataset.name: found for dataset, found in zip(self._datasets[1:], others, strict=True)}
         engine.module.train()
         results["step"] = record.step
         if engine.is_main:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from data_pipelines.balance import pack
 
-
 _WIDTH_MULTIPLE = 16
 
 
