@@ -60,11 +60,16 @@ def restore_run(run_dir: Path, checkpoint: Found) -> Restored:
     """The model of a run at a verified checkpoint; fp32, on the CPU, in evaluation mode.
 
     Raises:
-        BadInput: the tokenizer is gone, or a file of the checkpoint would execute code.
+        BadInput: the tokenizer or `model.init_from` is gone, or a file of the checkpoint would execute code.
     """
     config = load_config(run_dir / "config.yaml")
     if not (run_dir / "tokenizer").is_dir():
         raise BadInput(f"{run_dir / 'tokenizer'}: the run's tokenizer is missing")
+    start = config.model.init_from
+    if start is not None and not Path(start).is_dir():
+        raise BadInput(
+            f"{run_dir}: its model.init_from {start} is gone, and the model's sizes are those of that folder"
+        )
     tokenizer = load_folder(run_dir / "tokenizer")
     model = OmniPretrainer.build(config, tokenizer)
     fill(model, open_weights(checkpoint.path))

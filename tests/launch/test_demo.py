@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from tests.small_run import ROOT, triptych
 
 pytest.importorskip("espeakng_loader")
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(560)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 QUICK = [
     "train.max_steps=3",
@@ -27,7 +28,7 @@ QUICK = [
 ]
 
 
-def demo(out: Path, *more: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+def demo(out: Path, *more: str, timeout: float = 850) -> subprocess.CompletedProcess[str]:
     overrides = [part for setting in (*QUICK, *more) for part in ("--set", setting)]
     return triptych("demo", "--out", str(out), "--json", *overrides, timeout=timeout)
 
@@ -94,8 +95,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert refused.returncode == 2 and "max_steps" in refused.stderr and not (tmp_path / "new").exists()
 
 
-def test_ctrl_c_while_training_leaves_no_process_and_a_checkpoint(tmp_path):
+def test_ctrl_c_while_training_leaves_no_process_and_a_checkpoint(done, tmp_path):
     out = tmp_path / "out"
+    shutil.copytree(done[0] / "dataset", out / "dataset")
     command = [sys.executable, "-c", "from launch.cli import main; main()", "demo", "--out", str(out)]
     settings = [*QUICK, "train.max_steps=100000"]
     command += [part for setting in settings for part in ("--set", setting)]
