@@ -8,12 +8,13 @@ rank takes is dealt by costs that the index knows.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -181,11 +182,20 @@ class _EvalSteps:
         return _Loaded(_to_batch(collated, sample, seeds, step=number, epoch=0), bad)
 
 
+def _obey_parent_alone(parent: int) -> None:
+    while True:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+            os._exit(0)
+
+
 def _start_worker(parent: int, by_main_thread: bool, _worker: int) -> None:
     # A scheduler signals every process of a job. The rank decides what a signal means; a worker that died of it would
-    # take the rank down before its checkpoint is saved.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    # take the rank down before its checkpoint is saved. The rank's own SIGTERM must still end the worker: Python sends
+    # it at exit and then waits.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent_alone, args=(parent,), name="signals", daemon=True).start()
     torch.set_num_threads(1)
     # The kernel sends this when the thread that forked ends, so it is for workers of the main thread alone.
     if by_main_thread and hasattr(signal, "SIGKILL") and os.name == "posix":
@@ -204,6 +214,19 @@ def _as_it_is(loaded: Any) -> Any:
 
 def _stream(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig) -> Iterator[_Loaded]:
     """Load the steps with these numbers, in order, in the workers that the config asks for."""
+    loading = _load(steps, numbers, config)
+    try:
+        for number, loaded in enumerate(loading):
+            if number == 0:
+                # Registered after torch's own hook, which would wait five seconds for workers that nobody told to end.
+                atexit.register(loading.close)
+            yield loaded
+    finally:
+        atexit.unregister(loading.close)
+        loading.close()
+
+
+def _load(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig) -> Generator[_Loaded, None, None]:
     if not config.num_workers:
         yield from (steps[number] for number in numbers)
         return

@@ -362,6 +362,31 @@ def alive(process: int) -> bool:
         return False
 
 
+LEAVER = """
+import atexit, sys, time
+began = 0.0
+# Registered first, so it runs last.
+atexit.register(lambda: print(time.monotonic() - began, flush=True))
+from pathlib import Path
+from data_pipelines.loader import build_loader
+from tests.data_pipelines.test_loader import config_of
+config = config_of(Path(sys.argv[1]), steps=100000, num_workers=2, worker_type=sys.argv[2])
+stream = iter(build_loader(config, 0, 1))
+next(stream)
+began = time.monotonic()
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_a_program_that_leaves_early_is_not_held_up(folder: Path, kind: str) -> None:
+    left = subprocess.run(
+        [sys.executable, "-c", LEAVER, str(folder), kind], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert float(left.stdout) < 4
+    assert left.stderr == ""
+
+
 @pytest.mark.timeout(120)
 def test_workers_ignore_the_schedulers_signals_and_die_with_their_parent(folder: Path) -> None:
     parent = subprocess.Popen(
