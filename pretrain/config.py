@@ -24,7 +24,9 @@ class RunConfig(Settings):
     dir: str = Field(description="Run directory: everything that the run writes is under it.")
     name: str = Field("triptych", description="Name for logs, reports and the model card.")
     seed: int = Field(0, ge=0, description="Seed of the weights, the order, augmentation and masks.")
-    stop_before: str | None = Field(None, description="Stop this long before the job's time limit, for example `5m`.")
+    stop_before: str | None = Field(
+        None, description="Save and stop this long before the end of the job (SLURM_JOB_END_TIME), for example `5m`."
+    )
 
 
 class ModelConfig(Settings):
@@ -130,19 +132,19 @@ class LoggingConfig(Settings):
 
 
 class SupervisorConfig(Settings):
-    """The process that watches the ranks."""
+    """The process that watches the ranks. Kept for it: nothing reads these settings yet."""
 
-    hang_seconds: PositiveInt = Field(600, description="A rank without progress for this long is a hang.")
-    max_restarts: int = Field(0, ge=0, description="Restarts after a fault.")
+    hang_seconds: PositiveInt = Field(600, description="(Reserved) A rank without progress for this long is a hang.")
+    max_restarts: int = Field(0, ge=0, description="(Reserved) Restarts after a fault.")
 
 
 class SlurmConfig(Settings):
-    """What a job asks for."""
+    """What a job asks for. Kept for `triptych submit`: slurm/pretrain.sbatch takes these as sbatch options today."""
 
-    partition: str | None = Field(None, description="Partition.")
-    account: str | None = Field(None, description="Account.")
-    job_name: str = Field("triptych", description="Name of the job.")
-    time: str = Field("24:00:00", description="Time limit, as sbatch takes it.")
+    partition: str | None = Field(None, description="(Reserved) Partition.")
+    account: str | None = Field(None, description="(Reserved) Account.")
+    job_name: str = Field("triptych", description="(Reserved) Name of the job.")
+    time: str = Field("24:00:00", description="(Reserved) Time limit, as sbatch takes it.")
 
 
 class Config(Settings):

@@ -24,6 +24,7 @@ from data_pipelines.config import Settings
 from pretrain import checkpoint
 from pretrain.callbacks import Callback, StepRecord
 from pretrain.config import Config
+from pretrain.deadline import Deadline
 from pretrain.engine import Engine
 from pretrain.model.omni import Plan
 from pretrain.objectives import joint
@@ -55,6 +56,7 @@ class Trainer:
         self.data_state = data_state
         self.step = 0
         self._stop_wanted = False
+        self._deadline = Deadline(config.run.stop_before)
 
     def run(self, batches: Iterator[dict[str, Any]]) -> bool:
         """Train to the last step, or until a signal asks to stop.
@@ -91,7 +93,8 @@ class Trainer:
         plans = [self.engine.model.plan(micro) for micro in micro_batches]
         local = [float(sum(plan.counts[name] for plan in plans)) for name in _LOCAL_COUNTS]
         tokens = float(sum(plan.num_tokens for plan in plans))
-        *summed, all_tokens, stop = self.engine.sum([*local, tokens, float(self._stop_wanted)])
+        stop_wanted = self._stop_wanted or self._deadline.passed()
+        *summed, all_tokens, stop = self.engine.sum([*local, tokens, float(stop_wanted)])
         counts = {name: int(value) for name, value in zip(_LOCAL_COUNTS, summed, strict=True)}
 
         rate = learning_rate(self.step, self.config.train)
