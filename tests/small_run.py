@@ -21,6 +21,8 @@ from tests.ranks import ROOT, run_ranks
 
 CLASSES = ("red", "green", "blue")
 STEPS = 4
+# Squares in one run, native aspect ratios in the other: both ways of an image are trained, exported and compared.
+SIZES = {2: "28", 3: "null"}
 CONFIG = """
 run: {{dir: {run}, name: small run, seed: 1}}
 data:
@@ -29,7 +31,7 @@ data:
   global_batch: 8
   num_workers: 0
   pack_tokens: 128
-  image: {{size: 28, patch_size: 7, pooling: 2}}
+  image: {{size: {size}, patch_size: 7, pooling: 2}}
   audio: {{sampling_rate: 8000, mel_bins: 20, frame_ms: 25.0, max_seconds: 0.7, mel_mean: -3.0, mel_std: 2.0}}
   text: {{vocab_size: 320, max_tokens: 24}}
 model:
@@ -77,13 +79,13 @@ def small_dataset(folder: Path, name: str, numbers: range) -> Path:
 
 @functools.lru_cache(maxsize=2)
 def small_run(stage: int) -> Path:
-    """A folder with `run/`, `train/`, `test/` and `config.yaml`, trained for `STEPS` steps under a ZeRO stage."""
+    """A folder with `run/`, `train/`, `test/` and `config.yaml`, trained for `STEPS` steps under ZeRO 2 or 3."""
     keep = tempfile.TemporaryDirectory(prefix=f"small-run-{stage}-")
     _kept.append(keep)
     folder = Path(keep.name)
     train = small_dataset(folder / "train", "small-train", range(32))
     test = small_dataset(folder / "test", "small-test", range(100, 124))
-    text = CONFIG.format(run=folder / "run", train=train, test=test, stage=stage)
+    text = CONFIG.format(run=folder / "run", train=train, test=test, stage=stage, size=SIZES[stage])
     (folder / "config.yaml").write_text(text)
     run_ranks("pretrain.train", [str(folder / "config.yaml")])
     return folder

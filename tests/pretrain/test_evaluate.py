@@ -71,7 +71,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("evaluate")
     small_dataset(folder / "train", "small-train", range(32))
     small_dataset(folder / "test", "small-test", range(100, 124))
-    text = CONFIG.format(run=folder / "run", train=folder / "train", test=folder / "test", stage=2)
+    text = CONFIG.format(run=folder / "run", train=folder / "train", test=folder / "test", stage=2, size=28)
     (folder / "config.yaml").write_text(text)
     return load_config(folder / "config.yaml")
 

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from data_pipelines import open_dataset
 from data_pipelines.errors import BadInput
@@ -221,6 +221,11 @@ def test_weights_that_were_split_over_ranks_are_verified_too(tmp_path):
     run = restore_run(folder / "run", find_checkpoint(folder / "run")[0])
     found = AutoModelForMultimodalLM.from_pretrained(tmp_path / "export").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in run.model.backbone.state_dict().items())
+    # This run takes images as they are; then resizing is the processor's.
+    assert AutoImageProcessor.from_pretrained(tmp_path / "export").do_resize
+    program = re.findall(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)[0]
+    assert "resize" not in program
+    subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path / "export", check=True, timeout=120)
 
 
 @pytest_distributed
