@@ -68,7 +68,6 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self)
         self.engine.module.train()
-        saved_step = self.step
         stopped = False
         while self.step < self.config.train.max_steps and not stopped:
             record, stopped = self._one_step(batches)
@@ -77,9 +76,9 @@ class Trainer:
             done = self.step == self.config.train.max_steps
             if done or stopped or self.step % self.config.checkpoint.every_steps == 0:
                 self._save()
-                saved_step = self.step
-        if saved_step != self.step:
-            self._save()
+            if not stopped:
+                for callback in self.callbacks:
+                    callback.after_step(self, record)
         for callback in self.callbacks:
             callback.on_end(self)
         return not stopped

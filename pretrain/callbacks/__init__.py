@@ -44,5 +44,8 @@ class Callback:
     def on_checkpoint(self, trainer: Trainer, path: Any) -> None:
         """After a checkpoint is whole."""
 
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """After the step's logs and checkpoint: the place for what takes long."""
+
     def on_end(self, trainer: Trainer) -> None:
         """After the last step of this process, whatever ended it in good order."""

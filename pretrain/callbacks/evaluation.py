@@ -27,13 +27,20 @@ class Evaluation(Callback):
         self._datasets = datasets
         self._tokenizer = tokenizer
 
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        config = trainer.config
-        every = config.evaluation.every_steps
-        last = record.step == config.train.max_steps
-        if not last and not (every and record.step % every == 0):
-            return
-        engine = trainer.engine
+    def on_start(self, trainer: Trainer) -> None:
+        """Catch up on the last evaluation where a run was ended between its last checkpoint and that."""
+        last = trainer.config.train.max_steps
+        done = trainer.engine.gather_objects(_result_file(trainer, last).exists())[0]
+        if trainer.step == last and not done:
+            self._evaluate(trainer)
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        every = trainer.config.evaluation.every_steps
+        if record.step == trainer.config.train.max_steps or (every and record.step % every == 0):
+            self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        config, engine = trainer.config, trainer.engine
         engine.module.eval()
         results, *others = [
             evaluate(
@@ -50,13 +57,17 @@ class Evaluation(Callback):
         if others:
             results["more"] = {dataset.name: found for dataset, found in zip(self._datasets[1:], others, strict=True)}
         engine.module.train()
-        results["step"] = record.step
+        results["step"] = trainer.step
         if engine.is_main:
-            folder = trainer.run_dir / "eval"
-            folder.mkdir(exist_ok=True)
-            _write(folder / f"step-{record.step:08d}.json", results)
-            _write(folder / "results.json", results)
-            print(f"evaluation at step {record.step}: {summary_line(results)}", file=sys.stderr, flush=True)
+            path = _result_file(trainer, trainer.step)
+            path.parent.mkdir(exist_ok=True)
+            _write(path, results)
+            _write(path.with_name("results.json"), results)
+            print(f"evaluation at step {trainer.step}: {summary_line(results)}", file=sys.stderr, flush=True)
+
+
+def _result_file(trainer: Trainer, step: int) -> Path:
+    return trainer.run_dir / "eval" / f"step-{step:08d}.json"
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
