@@ -6,10 +6,12 @@ Exit status: 0 done; 1 a fault of ours; 2 bad input, said in one line by rank 0;
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import secrets
+import signal
 import sys
 import time
 import traceback
@@ -21,6 +23,7 @@ from typing import Any
 from data_pipelines.errors import BadInput
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
 
+_PR_SET_PDEATHSIG = 1
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
@@ -40,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (auto)")
     options = parser.parse_args(arguments)
     prepare_environment()
+    stop_with_launcher()
     try:
         return DONE if train(options.config, options.set, options.resume) else STOPPED
     except BadInput as error:
@@ -51,6 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         print(f"rank {global_rank()}:\n{traceback.format_exc()}", file=sys.stderr)
         return FAULT
+
+
+def stop_with_launcher() -> None:
+    """Let the kernel send SIGTERM (save and stop) when the torchelastic launcher dies; else ranks train on unwatched."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def train(config_path: str, overrides: Sequence[str], resume: str) -> bool:

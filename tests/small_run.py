@@ -23,7 +23,7 @@ CLASSES = ("red", "green", "blue")
 STEPS = 4
 # Squares in one run, native aspect ratios in the other: both ways of an image are trained, exported and compared.
 SIZES = {2: "28", 3: "null"}
-CONFIG = """
+_CONFIG = """
 run: {{dir: {run}, name: small run, seed: 1}}
 data:
   train: {train}
@@ -44,6 +44,11 @@ engine: {{zero_stage: {stage}, bucket_mb: 1}}
 checkpoint: {{every_steps: 2, keep_last: 3}}
 evaluation: {{batch: 8, image_prompts: ["a {{}} square", "a picture of {{}}"], audio_prompts: ["the tone of {{}}"]}}
 """
+
+
+def config_text(run: Path, train: Path, test: Path, stage: int = 2, size: str = "28") -> str:
+    """The YAML of a small run; `size` is the images' side, or `null` for native aspect ratios."""
+    return _CONFIG.format(run=run, train=train, test=test, stage=stage, size=size)
 
 
 def small_sample(number: int) -> Sample:
@@ -85,7 +90,7 @@ def small_run(stage: int) -> Path:
     folder = Path(keep.name)
     train = small_dataset(folder / "train", "small-train", range(32))
     test = small_dataset(folder / "test", "small-test", range(100, 124))
-    text = CONFIG.format(run=folder / "run", train=train, test=test, stage=stage, size=SIZES[stage])
+    text = config_text(folder / "run", train, test, stage, SIZES[stage])
     (folder / "config.yaml").write_text(text)
     run_ranks("pretrain.train", [str(folder / "config.yaml")])
     return folder

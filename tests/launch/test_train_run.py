@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import ROOT
-from tests.small_run import CONFIG, small_dataset, triptych
+from tests.small_run import config_text, small_dataset, triptych
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(420)]
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(420)]
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     small_dataset(tmp_path / "train", "small-train", range(32))
-    text = CONFIG.format(run=tmp_path / "run", train=tmp_path / "train", test=tmp_path / "none", stage=2)
+    text = config_text(tmp_path / "run", tmp_path / "train", tmp_path / "none", 2)
     text = text.replace(f"  eval: {tmp_path / 'none'}\n", "").replace("every_steps: 2", "every_steps: 500")
     path = tmp_path / "config.yaml"
     path.write_text(text)

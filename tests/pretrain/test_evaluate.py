@@ -17,7 +17,7 @@ from launch.eval_commands import evaluate_target
 from pretrain.config import Config, load_config
 from pretrain.evaluate import evaluate, summary_line
 from pretrain.results import blocks, table
-from tests.small_run import CLASSES, CONFIG, small_dataset, small_run
+from tests.small_run import CLASSES, config_text, small_dataset, small_run
 
 
 class Oracle(torch.nn.Module):
@@ -71,7 +71,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("evaluate")
     small_dataset(folder / "train", "small-train", range(32))
     small_dataset(folder / "test", "small-test", range(100, 124))
-    text = CONFIG.format(run=folder / "run", train=folder / "train", test=folder / "test", stage=2, size=28)
+    text = config_text(folder / "run", folder / "train", folder / "test", 2)
     (folder / "config.yaml").write_text(text)
     return load_config(folder / "config.yaml")
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.small_run import CONFIG, ROOT, small_dataset
+from tests.small_run import ROOT, config_text, small_dataset
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
 
@@ -35,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_file(home: Path, name: str, stage: int = 2, **changes: dict[str, Any]) -> Path:
-    raw = yaml.safe_load(CONFIG.format(run=home / name, train=home / "train", test=home / "test", stage=stage))
+    raw = yaml.safe_load(config_text(home / name, home / "train", home / "test", stage))
     raw["train"]["max_steps"] = STEPS
     raw["data"]["num_workers"] = 1
     raw["checkpoint"] = {"every_steps": 3, "keep_last": 2}
@@ -144,6 +144,24 @@ def test_sigterm_saves_and_ends_with_75_and_goes_on(home: Path) -> None:
     status, errors = finish(start(ALONE, str(config)))
     assert status == 2
     assert errors.count("\n") <= 5 and "world_size 2, this run has 1" in errors
+
+
+def test_ranks_save_and_end_when_their_launcher_is_killed(home: Path) -> None:
+    config = config_file(home, "orphans", train={"max_steps": 400})
+    process = start(("-m", "accelerate.commands.launch", *LAUNCH[2:]), str(config))
+    try:
+        wait_for_step(home / "orphans", 2, process)
+        ranks = [
+            one for one in psutil.Process(process.pid).children(recursive=True) if "pretrain.train" in one.cmdline()
+        ]
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+    finally:
+        kill_tree(process)
+        process.communicate(timeout=30)
+    assert len(ranks) >= 2 and not alive
+    last = metrics(home / "orphans")[-1]["step"]
+    assert (home / "orphans" / "checkpoints" / f"step-{last:08d}" / "MANIFEST.json").exists()
 
 
 def test_an_invalid_checkpoint_is_passed_over_by_name(home: Path) -> None:

@@ -7,13 +7,15 @@ seconds; the last test is a whole run.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.conftest import Cluster
-from tests.small_run import CONFIG, small_dataset
+from tests.small_run import config_text, small_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = str(ROOT / "slurm" / "pretrain.sbatch")
@@ -133,7 +135,7 @@ def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, submit_folder: P
 def test_a_whole_run_on_two_nodes_goes_on_after_a_requeue(cluster: Cluster, tmp_path: Path) -> None:
     folder = with_python(tmp_path)
     small_dataset(folder / "train", "small-train", range(32))
-    text = CONFIG.format(run=folder / "run", train=folder / "train", test=folder / "train", stage=2)
+    text = config_text(folder / "run", folder / "train", folder / "train", 2)
     # No evaluation, and steps enough that the signal comes in between.
     text = text.replace(f"  eval: {folder / 'train'}\n", "").replace("max_steps: 4", "max_steps: 60")
     (folder / "config.yaml").write_text(text.replace("every_steps: 2", "every_steps: 500"))
@@ -151,6 +153,15 @@ def test_a_whole_run_on_two_nodes_goes_on_after_a_requeue(cluster: Cluster, tmp_
     run = json.loads((folder / "run" / "run.json").read_text())
     assert run["restarts"] == 1 and run["world_sizes"] == [2, 2]
     assert {start["host"] for start in run["starts"]} <= {"node1", "node2"}
+
+    two = ["--config_file", str(ROOT / "launch/accelerate/cpu-2.yaml"), "-m", "pretrain.train", "config.yaml"]
+    settings = ["--set", "train.learning_rate=1e-3", "--set", f"run.dir={folder / 'here'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "launch.ranks", *two, *settings]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
+    here = [json.loads(line)["loss"] for line in (folder / "here" / "metrics.jsonl").read_text().splitlines()]
+    there = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    assert there == pytest.approx(here, rel=1e-5)
 
 
 def wait_for(cluster: Cluster | None, job: int, path: Path, seconds: float = 90) -> None:
