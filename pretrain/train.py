@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def stop_with_launcher() -> None:
-    """Let the kernel send SIGTERM (save and stop) when the torchelastic launcher dies; else ranks train on unwatched."""
+    """Have the kernel send SIGTERM (save and stop) when the torchelastic launcher dies; else ranks train on alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
