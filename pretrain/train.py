@@ -25,6 +25,7 @@ from pretrain.engine import Engine, accumulation_steps, global_rank, global_worl
 
 _PR_SET_PDEATHSIG = 1
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
+LET_RANK_0_SPEAK_SECONDS = 20.0
 
 
 class SeenByOneRank(BadInput):
@@ -47,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return DONE if train(options.config, options.set, options.resume) else STOPPED
     except BadInput as error:
-        if global_rank() == 0 or isinstance(error, SeenByOneRank):
-            print(f"error: {error}", file=sys.stderr)
+        if global_rank() and not isinstance(error, SeenByOneRank):
+            # Rank 0 says it for all, and the launcher would end it as soon as another rank is gone.
+            time.sleep(LET_RANK_0_SPEAK_SECONDS)
+        print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         return 130

@@ -37,6 +37,12 @@ def manifest(tmp_path: Path, records: list[Record]) -> Path:
     return write_csv(tmp_path / "raw" / "manifest.csv", records)
 
 
+@pytest.fixture
+def long_manifest(tmp_path: Path) -> Path:
+    """So many shards that a signal after the first one comes long before the last."""
+    return write_csv(tmp_path / "raw" / "manifest.csv", write_files(tmp_path / "raw", 1000))
+
+
 def build(manifest: Path, out: Path, **options: Any) -> Path:
     settings: dict[str, Any] = {"shard_size": 5, "workers": 1, "progress": False, **options}
     return build_dataset(manifest, out, **settings)
@@ -167,10 +173,10 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, manifest: Path, workers: int) -> None:
-    whole = contents(build(manifest, tmp_path / "whole"))
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, long_manifest: Path, workers: int) -> None:
+    whole = contents(build(long_manifest, tmp_path / "whole"))
     out = tmp_path / "out"
-    process = start_build(manifest, out, workers=workers)
+    process = start_build(long_manifest, out, workers=workers)
     try:
         wait_for(out / "index" / "manifest-000000.arrow")
     finally:
@@ -178,14 +184,14 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, manifes
         process.communicate(timeout=60)
     assert not (out / "dataset.json").exists()
     # At once, while workers of the killed one may still be there.
-    build(manifest, out, workers=2)
+    build(long_manifest, out, workers=2)
     assert contents(out) == whole
     assert_clean(out)
 
 
-def test_ctrl_c_leaves_complete_shards_and_one_line(tmp_path: Path, manifest: Path) -> None:
+def test_ctrl_c_leaves_complete_shards_and_one_line(tmp_path: Path, long_manifest: Path) -> None:
     out = tmp_path / "out"
-    process = start_build(manifest, out, workers=2)
+    process = start_build(long_manifest, out, workers=2)
     try:
         wait_for(out / "index" / "manifest-000000.arrow")
         process.send_signal(signal.SIGINT)
@@ -197,7 +203,7 @@ def test_ctrl_c_leaves_complete_shards_and_one_line(tmp_path: Path, manifest: Pa
     assert "Traceback" not in err
     assert not [name for name in contents(out) if ".tmp" in name]
     assert not (out / "dataset.json").exists()
-    assert contents(build(manifest, out)) == contents(build(manifest, tmp_path / "whole"))
+    assert contents(build(long_manifest, out)) == contents(build(long_manifest, tmp_path / "whole"))
 
 
 def test_two_builds_of_one_folder_do_not_meet(tmp_path: Path, manifest: Path) -> None:
