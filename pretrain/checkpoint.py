@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_pipelines.atomic import atomic_file, fsync_folder
 from data_pipelines.errors import BadInput
 from pretrain.engine import Engine
 
@@ -156,13 +157,12 @@ def save(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], run_id
         }
         _write_json(work / MANIFEST, manifest)
         for folder in {file.parent for file in work.rglob("*")}:
-            _fsync(folder)
+            fsync_folder(folder)
         if final.exists():
             final.rename(parent / f".invalid-{final.name}.{tag}")
         work.rename(final)
-        _fsync(parent)
-        _write_json(parent / ".latest", {"step": step})
-        (parent / ".latest").rename(parent / "latest")
+        fsync_folder(parent)
+        _write_json(parent / "latest", {"step": step})
         _remove_old(run_dir, final, keep_last)
     engine.barrier()
     return final
@@ -207,7 +207,8 @@ def _share(work: Path, rank: int, world_size: int) -> list[str]:
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    _fsync(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -216,19 +217,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_json(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def _remove_old(run_dir: Path, newest: Path, keep_last: int) -> None:

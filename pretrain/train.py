@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.atomic import atomic_file
 from data_pipelines.errors import BadInput
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
 
@@ -175,9 +176,8 @@ def write_run_files(run_dir: Path, config_text: str, engine: Engine, step: int) 
     run["starts"].append({"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)})
     run["versions"] = versions()
     for name, text in (("config.yaml", config_text), ("run.json", json.dumps(run, indent=1))):
-        fresh = run_dir / f".{name}.new"
-        fresh.write_text(text)
-        os.replace(fresh, run_dir / name)
+        with atomic_file(run_dir / name) as file:
+            file.write(text.encode())
     return str(run["run_id"])
 
 

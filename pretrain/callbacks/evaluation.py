@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.atomic import atomic_file
 from pretrain.callbacks import Callback, StepRecord
 from pretrain.evaluate import evaluate, summary_line
 
@@ -60,7 +60,6 @@ class Evaluation(Callback):
         results["step"] = trainer.step
         if engine.is_main:
             path = _result_file(trainer, trainer.step)
-            path.parent.mkdir(exist_ok=True)
             _write(path, results)
             _write(path.with_name("results.json"), results)
             print(f"evaluation at step {trainer.step}: {summary_line(results)}", file=sys.stderr, flush=True)
@@ -71,6 +70,5 @@ def _result_file(trainer: Trainer, step: int) -> Path:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(value, indent=1))
-    os.replace(fresh, path)
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.atomic import atomic_file
 from pretrain.callbacks import Callback, StepRecord
 
 if TYPE_CHECKING:
@@ -42,9 +42,8 @@ class MetricsFile(Callback):
             return
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= trainer.step]
-            fresh = self._path.with_suffix(".new")
-            fresh.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(fresh, self._path)
+            with atomic_file(self._path) as file:
+                file.write("".join(f"{line}\n" for line in kept).encode())
         self._file = self._path.open("a", buffering=1)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:

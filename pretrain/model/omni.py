@@ -173,7 +173,7 @@ class OmniPretrainer(nn.Module):
 
     def forward(self, batch: dict[str, Any], plan: Plan) -> Output:
         """Loss sums and embeddings of one micro-batch. `batch` and `plan` are CPU tensors; this moves them."""
-        device = next(self.heads.parameters()).device
+        device, _ = self._device_and_dtype()
         augment = self.config.data.augment if self.training else None
         size = len(batch["keys"])
         image_features, image_soft, image_loss = self._image(batch, plan, device)
@@ -240,7 +240,7 @@ class OmniPretrainer(nn.Module):
         return parameter.device, parameter.dtype
 
     def _image(self, batch: dict[str, Any], plan: Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = next(self.heads.parameters()).dtype
+        _, dtype = self._device_and_dtype()
         if plan.image_index[0] < 0:
             pixels, position = self._dummy_image(device)
         else:
@@ -256,7 +256,7 @@ class OmniPretrainer(nn.Module):
     def _audio(
         self, batch: dict[str, Any], plan: Plan, device: torch.device, augment: AugmentConfig | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = next(self.heads.parameters()).dtype
+        _, dtype = self._device_and_dtype()
         stride = self.family.AUDIO_STRIDE
         if plan.audio_index[0] < 0:
             mel, valid_frames = self._dummy_mel(device)
