@@ -28,6 +28,15 @@ from pathlib import Path
 import torch, torch.distributed as dist
 rank, mode, folder = int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2])
 got = []
+
+
+def end(status):
+    # As pretrain.train ends: gloo's threads may abort an interpreter that shuts down around them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 # torchelastic sends SIGTERM when another rank has failed, and waits 30 seconds for it.
 for number in () if mode.startswith("one-") else (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda n, f: got.append(n))
@@ -36,7 +45,7 @@ total = torch.ones(1)
 dist.all_reduce(total)
 (folder / f"rank-{rank}").write_text(f"{os.getpid()} {total.item()}")
 if mode == "both-2":
-    sys.exit(2)
+    end(2)
 if mode == "one-fails" and rank == 1:
     raise RuntimeError("the reason")
 if mode == "one-killed" and rank == 1:
@@ -50,8 +59,9 @@ if mode in ("loop", "deaf", "one-fails", "one-killed"):
         if mode == "loop" and stop.item():
             time.sleep(rank)
             (folder / f"saved-{rank}").write_text(str(got))
-            sys.exit(75)
+            end(75)
 dist.destroy_process_group()
+end(0)
 """
 
 SUPERVISOR = """
