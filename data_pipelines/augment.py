@@ -21,6 +21,7 @@ Box = tuple[float, float, float, float]
 
 
 IMAGE_STREAM, AUDIO_STREAM = 0, 1
+_EQUALIZER_POINTS = 6
 
 
 def generator(seed: int, stream: int) -> np.random.Generator:
@@ -104,17 +105,20 @@ def changes_audio(config: AugmentConfig) -> bool:
             config.audio_gain_db,
             config.audio_noise,
             config.audio_tilt_db,
+            config.audio_equalizer_db,
         )
     )
 
 
 def augment_audio(wave: Wave, rate: int, config: AugmentConfig, random: np.random.Generator) -> Wave:
-    """Speed, spectral tilt, gain, silence before, and noise, in this order: float32 [T] at `rate` Hz in, [T'] out."""
-    speed, tilt, gain, shift, noise = (2 * random.random(5) - 1).tolist()
+    """Speed, colour, gain, silence before, and noise, in this order: float32 [T] at `rate` Hz in, [T'] out."""
+    draws = 2 * random.random(5 + _EQUALIZER_POINTS) - 1
+    speed, tilt, gain, shift, noise = draws[:5].tolist()
     if config.audio_speed:
         wave = _change_speed(wave, rate, 1 + speed * config.audio_speed)
-    if config.audio_tilt_db:
-        wave = _tilt(wave, tilt * config.audio_tilt_db)
+    if config.audio_tilt_db or config.audio_equalizer_db:
+        slope = np.linspace(-0.5, 0.5, _EQUALIZER_POINTS) * tilt * config.audio_tilt_db
+        wave = _colour(wave, rate, slope, draws[5:] * config.audio_equalizer_db)
     if config.audio_gain_db:
         wave = wave * np.float32(10 ** (gain * config.audio_gain_db / 20))
     rms = math.sqrt(float(np.dot(wave, wave)) / len(wave))
@@ -132,8 +136,11 @@ def _change_speed(wave: Wave, rate: int, factor: float) -> Wave:
     return changed if len(changed) else wave
 
 
-def _tilt(wave: Wave, decibels: float) -> Wave:
-    """Raise the top of the band by half of `decibels` and lower the bottom by as much, or the other way round."""
+def _colour(wave: Wave, rate: int, slope: npt.NDArray[np.float64], gains: npt.NDArray[np.float64]) -> Wave:
+    """Change the spectrum by `slope`, in dB at equal steps in Hz, and by `gains`, in dB at equal steps in mel."""
     spectrum = np.fft.rfft(wave)
-    slope = np.linspace(-0.5, 0.5, len(spectrum), dtype=np.float32)
-    return np.fft.irfft(spectrum * 10 ** (decibels / 20 * slope), len(wave)).astype(np.float32)
+    hertz = np.linspace(0, rate / 2, len(spectrum))
+    mel = np.log1p(hertz / 700)
+    decibels = np.interp(hertz, np.linspace(0, rate / 2, len(slope)), slope)
+    decibels += np.interp(mel, np.linspace(0, mel[-1], len(gains)), gains)
+    return np.fft.irfft(spectrum * 10 ** (decibels / 20), len(wave)).astype(np.float32)

@@ -125,6 +125,9 @@ class AugmentConfig(Settings):
     audio_gain_db: float = Field(0.0, ge=0, description="Largest change of loudness.")
     audio_noise: Fraction = Field(0.0, description="Largest level of added noise relative to the sound's RMS.")
     audio_tilt_db: float = Field(0.0, ge=0, description="Largest spectral tilt over the band, up or down.")
+    audio_equalizer_db: float = Field(
+        0.0, ge=0, description="Largest gain or loss at six points of the band, as another microphone has."
+    )
     mel_warp: Fraction = Field(0.0, description="Largest relative warp of the mel axis (another vocal tract).")
     mel_time_masks: int = Field(0, ge=0, description="SpecAugment: time masks a sound.")
     mel_time_mask_share: Fraction = Field(0.1, description="Longest time mask, as a share of the sound.")

@@ -142,3 +142,19 @@ def test_gain_silence_noise_and_tilt() -> None:
         )
         tilts.append(high - low)
     assert np.abs(tilts).max() <= 12.1 and max(tilts) > 8 and min(tilts) < -8
+
+
+def test_the_equalizer_moves_bands_apart_and_stays_within_its_gain() -> None:
+    hiss = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+    before = np.abs(np.fft.rfft(hiss))
+    config = AugmentConfig(audio_equalizer_db=12)
+    gains = np.array(
+        [
+            20 * np.log10(np.abs(np.fft.rfft(augment_audio(hiss, RATE, config, generator(seed, 1)))) / before)
+            for seed in range(40)
+        ]
+    )
+    assert np.abs(gains).max() <= 12.1 and gains.max() > 10 and gains.min() < -10
+    low, high = gains[:, 20], gains[:, -20]
+    assert abs(np.corrcoef(low, high)[0, 1]) < 0.5
+    assert np.abs(np.diff(gains, axis=1)).max() < 1
