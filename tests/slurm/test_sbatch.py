@@ -103,8 +103,13 @@ def test_bad_input_fails_the_job_with_2(cluster: Cluster, submit_folder: Path) -
 
 
 def test_a_warned_job_saves_goes_back_to_the_queue_and_goes_on(cluster: Cluster, submit_folder: Path) -> None:
-    # Slurm warns up to a minute early, so the warning comes between 40 and 100 seconds after the start.
-    job = submit(cluster, submit_folder, ["--time=2", "--signal=B:USR1@20"], "loop")
+    job = submit(cluster, submit_folder, ["--signal=B:USR1@20"], "loop")
+    wait_for(cluster, job, submit_folder / "marks" / "0-rank-1.json")
+    # Slurm looks at limits twice a minute and warns up to a minute early; no limit is shorter than a minute.
+    change = ("scontrol", "update", f"JobId={job}")
+    assert cluster.run(*change, "TimeLimit=1", cwd=submit_folder).returncode == 0
+    wait_for(cluster, job, submit_folder / "marks" / "saved-1")
+    assert cluster.run(*change, "TimeLimit=10", cwd=submit_folder).returncode == 0
     done = cluster.wait(job, "COMPLETED")
     assert done["Restarts"] == "1"
     assert all((submit_folder / "marks" / f"saved-{rank}").exists() for rank in (0, 1))
