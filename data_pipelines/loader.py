@@ -30,6 +30,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.dataset import Costs, Dataset, RawSample, open_dataset
 from data_pipelines.errors import BadInput
 from data_pipelines.index import Quarantined
+from data_pipelines.mixture import source_weights
 from data_pipelines.prefetch import ordered_threads
 from data_pipelines.quarantine import BadSampleLimit, QuarantineLog
 from data_pipelines.sequence import SampleSequence, sample_seeds
@@ -281,9 +282,13 @@ class TrainLoader:
         """The data's part of a checkpoint once `step` steps are trained, for JSON. It is the same on every rank."""
         return self._sequence.state(step)
 
-    def check_state(self, old: dict[str, Any]) -> None:
-        """Raise `BadInput`, naming the field, when a checkpoint's data state is of other data or another order."""
-        self._sequence.check_state(old)
+    def resume(self, old: dict[str, Any], allow_change: bool = False) -> None:
+        """Go on from a checkpoint's data state; call it before iterating.
+
+        Raises `BadInput`, naming the field, when the state is of other data or another order. With `allow_change`
+        weights may be others and sources may be added after the old ones: see `SampleSequence.resume`.
+        """
+        self._sequence.resume(old, allow_change)
 
 
 class EvalLoader:
@@ -322,7 +327,15 @@ def build_loader(config: LoaderConfig, rank: int, world_size: int, start_step: i
             f"use a multiple of {world_size}"
         )
     datasets = [open_dataset(source.path) for source in data.train_sources]
-    weights = [source.weight for source in data.train_sources]
+    try:
+        weights = source_weights(
+            [len(dataset) for dataset in datasets],
+            [source.weight for source in data.train_sources],
+            [source.epochs for source in data.train_sources],
+            data.temperature,
+        )
+    except ValueError as error:
+        raise BadInput(f"data.train: {error}") from error
     sequence = SampleSequence(
         datasets, weights, config.run.seed, data.global_batch, data.num_streams, data.shuffle_block, data.tail
     )

@@ -34,7 +34,11 @@ _OTHER_WORLDS = {
 
 
 def train_command(
-    config: Path, overrides: Sequence[str] = (), num_processes: int | None = None, resume: str = "auto"
+    config: Path,
+    overrides: Sequence[str] = (),
+    num_processes: int | None = None,
+    resume: str = "auto",
+    allow_change: bool = False,
 ) -> int:
     """Train on this machine and return the exit status of the ranks.
 
@@ -43,6 +47,7 @@ def train_command(
         overrides: `key=value` settings that win over the file.
         num_processes: ranks; by default one a GPU, or two on a CPU with at least two cores.
         resume: `auto` goes on from the newest valid checkpoint, `never` starts anew, a path goes on from that one.
+        allow_change: go on from a checkpoint though weights of `data.train` changed or sources were added.
 
     Raises:
         BadInput: the config, an override or the path to resume from is wrong.
@@ -51,7 +56,8 @@ def train_command(
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise BadInput(f"--resume {resume}: no such checkpoint folder; give auto, never, or .../checkpoints/step-N")
     ranks = num_processes or default_num_processes()
-    return supervise(train_arguments(config, overrides, ranks, resume), rank_environment(os.environ, ranks))
+    arguments = train_arguments(config, overrides, ranks, resume) + ["--allow-change"] * allow_change
+    return supervise(arguments, rank_environment(os.environ, ranks))
 
 
 def default_num_processes() -> int:
