@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 from data_pipelines.balance import deal
 from data_pipelines.collate import Collated, Collator
 from data_pipelines.config import DataConfig
-from data_pipelines.dataset import Costs, Dataset, RawSample, open_dataset
+from data_pipelines.costs import sample_costs
+from data_pipelines.dataset import Dataset, RawSample, open_dataset
 from data_pipelines.errors import BadInput
 from data_pipelines.index import Quarantined
 from data_pipelines.mixture import source_weights
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 Batch = dict[str, Any]
 
-_BYTES_A_TOKEN = 4
-# The audio tower subsamples the mel frames by four in time.
-_FRAMES_A_TOKEN = 4
 _PR_SET_PDEATHSIG = 1
 
 
@@ -89,20 +87,6 @@ class _Loaded:
     batch: Batch
     bad: dict[int, Quarantined]
     stop: str | None = None
-
-
-def sample_costs(costs: Costs, config: DataConfig) -> npt.NDArray[np.float64]:
-    """Rough cost of samples in tokens that the towers and the language model see: float64, one a sample."""
-    image = config.image
-    patches = np.minimum(costs.pixels / image.patch_size**2, image.max_patches)
-    if image.size is not None:
-        patches = np.where(costs.pixels > 0, image.max_patches, 0)
-    seconds = np.minimum(costs.audio_seconds.astype(np.float64), config.audio.max_seconds)
-    frames = seconds * 1000 / config.audio.hop_ms / _FRAMES_A_TOKEN
-    total: npt.NDArray[np.float64] = (
-        patches + frames + np.minimum(costs.text_bytes / _BYTES_A_TOKEN, config.text.max_tokens)
-    )
-    return total
 
 
 class _Reader:
