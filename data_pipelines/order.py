@@ -21,8 +21,8 @@ IntArray = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
 DEFAULT_STREAMS = 720
-# With shards of some thousand samples a stream then has about two of them open: what a cache or a worker must hold stays
-# near two shards a stream, and a window still shuffles num_streams blocks, 2.9 million samples.
+# With shards of some thousand samples a stream then has one or two of them open, which is what a cache must hold, and
+# the streams' blocks together still shuffle 2.9 million samples.
 DEFAULT_BLOCK = 4_096
 # A segment holds at least this many samples, so that there is something to shuffle within each stream.
 _MIN_SEGMENT = 64

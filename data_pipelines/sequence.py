@@ -177,7 +177,5 @@ def check_state(old: dict[str, Any], new: dict[str, Any], allow_change: bool = F
             advice = "put them back, go on with the new mixture by --allow-change, or start a new run.dir"
         elif allow_change and name in ("fingerprint", "mixture", "num_streams"):
             advice = "--allow-change takes other weights, and new sources after the old ones, and nothing else"
-        raise BadInput(
-            f"the checkpoint is of other data: {name} was {old.get(name)} and is {new[name]} now; {advice}"
-        )
+        raise BadInput(f"the checkpoint is of other data: {name} was {old.get(name)} and is {new[name]} now; {advice}")
     return bool(differing)

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (auto)")
-    parser.add_argument("--allow-change", action="store_true", help="go on though weights changed or sources were added")
+    parser.add_argument("--allow-change", action="store_true", help="let the mixture change on resume")
     options = parser.parse_args(arguments)
     prepare_environment()
     stop_with_launcher()

@@ -130,7 +130,10 @@ def indices(made: SampleSequence, steps: range) -> np.ndarray:
 BLOCK = 4096
 CHANGES = {
     "weights": ({"sizes": [[3000], [1000]], "weights": [1, 1]}, {"sizes": [[3000], [1000]], "weights": [1, 3]}),
-    "source": ({"sizes": [[3000], [1000]], "weights": [1, 1]}, {"sizes": [[3000], [1000], [900]], "weights": [2, 2, 1]}),
+    "source": (
+        {"sizes": [[3000], [1000]], "weights": [1, 1]},
+        {"sizes": [[3000], [1000], [900]], "weights": [2, 2, 1]},
+    ),
     "second source": ({"sizes": [[3000, 60]], "weights": [1]}, {"sizes": [[3000, 60], [900]], "weights": [2, 1]}),
 }
 
