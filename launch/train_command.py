@@ -56,8 +56,9 @@ def train_command(
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise BadInput(f"--resume {resume}: no such checkpoint folder; give auto, never, or .../checkpoints/step-N")
     ranks = num_processes or default_num_processes()
-    arguments = train_arguments(config, overrides, ranks, resume) + ["--allow-change"] * allow_change
-    return supervise(arguments, rank_environment(os.environ, ranks))
+    return supervise(
+        train_arguments(config, overrides, ranks, resume, allow_change), rank_environment(os.environ, ranks)
+    )
 
 
 def default_num_processes() -> int:
@@ -71,7 +72,9 @@ def default_num_processes() -> int:
     return min(2, len(os.sched_getaffinity(0)))
 
 
-def train_arguments(config: Path, overrides: Sequence[str], num_processes: int, resume: str) -> list[str]:
+def train_arguments(
+    config: Path, overrides: Sequence[str], num_processes: int, resume: str, allow_change: bool = False
+) -> list[str]:
     """The command that starts the ranks on one machine."""
     # A config file of ours keeps accelerate from reading the user's default one. Port 0 is a free one, so that two runs
     # on one machine do not meet.
@@ -81,6 +84,8 @@ def train_arguments(config: Path, overrides: Sequence[str], num_processes: int, 
     arguments += ["-m", "pretrain.train", str(config), "--resume", resume]
     for override in overrides:
         arguments += ["--set", override]
+    if allow_change:
+        arguments.append("--allow-change")
     return arguments
 
 
