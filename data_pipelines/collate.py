@@ -6,6 +6,7 @@ becomes a placeholder of weight 0 in its place, so that the order of the others 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,11 @@ class Collator:
         self._augmentation = augmentation
         self._augments_image = augmentation is not None and augment.ImageAugment.is_active(augmentation)
         self._augments_audio = augmentation is not None and augment.changes_audio(augmentation)
+        side = config.image.size
+        # Twice the size leaves the resize enough to smooth; a crop may keep as little as this share of the area.
+        keep = math.sqrt(augmentation.image_crop) if self._augments_image and augmentation is not None else 1.0
+        draft = config.image.draft and side is not None
+        self._enough = (math.ceil(2 * side / keep),) * 2 if draft and side is not None else None
         self.limits = {
             "image": MAX_IMAGE_BYTES,
             "audio": MAX_AUDIO_BYTES,
@@ -128,7 +134,7 @@ class Collator:
 
     def _image(self, data: bytes, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         config = self._config.image
-        image = load_image(data, config.max_pixels)
+        image = load_image(data, config.max_pixels, self._enough)
         if self._augments_image and self._augmentation is not None:
             draw = augment.ImageAugment(self._augmentation, augment.generator(seed, augment.IMAGE_STREAM))
             pixels = draw.apply(resize_image(image, config, draw.crop_box(*image.size)))

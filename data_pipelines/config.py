@@ -25,7 +25,8 @@ class SourceConfig(Settings):
     """One dataset folder in a mixture."""
 
     path: str = Field(description="Dataset folder (the one that holds dataset.json).")
-    weight: float = Field(1.0, gt=0, description="Share of the mixture, relative to the other sources.")
+    weight: float | None = Field(None, gt=0, description="Share of the mixture, relative to others; null is 1.")
+    epochs: float | None = Field(None, gt=0, description="Or how often it is gone through, relative to others.")
 
 
 class BuildConfig(Settings):
@@ -50,11 +51,17 @@ class ImageConfig(Settings):
         3, ge=2, description="pooling x pooling patches become one soft token (transformers' Gemma4 breaks on 1)."
     )
     max_soft_tokens: Literal[70, 140, 280, 560, 1120] = Field(70, description="Most soft tokens one image may take.")
+    draft: bool = Field(
+        False,
+        description="Decode JPEGs of at least four times `size` a side at half size or less: faster, nearly the same.",
+    )
     max_pixels: PositiveInt = Field(64_000_000, description="An image that declares more is refused unread.")
 
     @model_validator(mode="after")
     def _grid_fits(self) -> ImageConfig:
         cell = self.patch_size * self.pooling
+        if self.draft and self.size is None:
+            raise ValueError("draft needs a fixed size: with the aspect ratio kept, the grid follows the exact size")
         if self.size is not None and self.size % cell:
             raise ValueError(f"size {self.size} is not a multiple of patch_size x pooling = {cell}")
         if self.size is not None and (self.size // cell) ** 2 > self.max_soft_tokens:
@@ -139,6 +146,9 @@ class DataConfig(Settings):
     """Everything between dataset folders and batches."""
 
     train: str | list[SourceConfig] = Field(description="Dataset folder, or a list of {path, weight}.")
+    temperature: float | None = Field(
+        None, gt=0, description="Instead of weights: shares follow size ** (1 / temperature); 1 is by size."
+    )
     eval: str | list[SourceConfig] | None = Field(None, description="Dataset folder for evaluation.")
     build: list[BuildConfig] = Field(default_factory=list, description="Datasets to build first where absent.")
     global_batch: PositiveInt = Field(64, description="Samples an optimizer step, over all ranks.")
@@ -149,7 +159,7 @@ class DataConfig(Settings):
     worker_type: Literal["process", "thread"] = Field("process", description="What a worker is.")
     prefetch: PositiveInt = Field(2, description="Batches that each worker keeps ready.")
     num_streams: PositiveInt = Field(720, description="Canonical streams of the order.")
-    shuffle_block: PositiveInt = Field(65_536, description="Samples shuffled together within a stream.")
+    shuffle_block: PositiveInt = Field(4_096, description="Samples shuffled together within a stream.")
     tail: Literal["wrap", "drop"] = Field(
         "wrap", description="End of an epoch: go on into the next one within a batch, or drop the short batch."
     )
@@ -160,6 +170,21 @@ class DataConfig(Settings):
     audio: AudioConfig = Field(default_factory=AudioConfig, description="Sound.")
     text: TextConfig = Field(default_factory=TextConfig, description="Text.")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation of training samples.")
+
+    @model_validator(mode="after")
+    def _one_kind_of_mixture(self) -> DataConfig:
+        sources = self.train_sources
+        ways = {
+            "weight": any(source.weight is not None for source in sources),
+            "epochs": any(source.epochs is not None for source in sources),
+            "temperature": self.temperature is not None,
+        }
+        used = [way for way, there in ways.items() if there]
+        if len(used) > 1:
+            raise ValueError(f"the mixture is given by {' and '.join(used)}: use one of them")
+        if ways["epochs"] and any(source.epochs is None for source in sources):
+            raise ValueError("give the epochs of every source in train, or of none")
+        return self
 
     @property
     def train_sources(self) -> list[SourceConfig]:

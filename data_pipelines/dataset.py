@@ -63,11 +63,16 @@ class _DatasetFile(BaseModel):
 
 
 class Costs(NamedTuple):
-    """What samples cost, known from the index: three arrays of the same length, 0 where the modality is missing."""
+    """What samples cost, known from the index: arrays of the same length, 0 where the modality is missing.
+
+    `width` and `height` are in pixels, before any EXIF orientation.
+    """
 
     text_bytes: IntArray
     pixels: IntArray
     audio_seconds: npt.NDArray[np.float32]
+    width: IntArray
+    height: IntArray
 
 
 class RawSample(NamedTuple):
@@ -290,8 +295,8 @@ class Dataset:
     def costs(self, ids: npt.ArrayLike) -> Costs:
         """What these samples cost: text bytes, pixels and seconds of sound, from the index alone."""
         text = np.maximum(self._column("text_size", ids), 0)
-        pixels = self._column("width", ids).astype(np.int64) * self._column("height", ids)
-        return Costs(text, pixels, self._column("audio_seconds", ids))
+        width, height = (self._column(name, ids).astype(np.int64) for name in ("width", "height"))
+        return Costs(text, width * height, self._column("audio_seconds", ids), width, height)
 
     def sizes(self, member: str, ids: npt.ArrayLike) -> IntArray:
         """Bytes of `image`, `text`, `audio` or `json` in these samples; -1 where missing."""

@@ -94,10 +94,12 @@ def decode_metadata(data: bytes, max_bytes: int) -> dict[str, Any]:
     return value
 
 
-def load_image(data: bytes, max_pixels: int) -> Image.Image:
+def load_image(data: bytes, max_pixels: int, enough: tuple[int, int] | None = None) -> Image.Image:
     """A JPEG, PNG or WEBP as an upright RGB image; the first frame of an animation.
 
-    EXIF orientation is applied, 16-bit gray is scaled to 8 bits, transparency is laid over white. Raises `DecodeError`
+    With `enough` (width, height) a JPEG may come out at 1/2, 1/4 or 1/8 of its size, as long as no side is smaller than
+    that whichever way up it is: the smaller picture comes straight out of its DCT blocks. EXIF orientation is applied,
+    16-bit gray is scaled to 8 bits, transparency is laid over white. Raises `DecodeError`
     for other formats, for more than `max_pixels`, and for bytes that do not decode.
     """
     if len(data) > MAX_IMAGE_BYTES:
@@ -110,6 +112,8 @@ def load_image(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image: Image.Image = _OPENERS[kind](io.BytesIO(data))
         _check_pixels(*image.size, max_pixels)
+        if enough is not None and isinstance(image, JpegImageFile):
+            image.draft(None, (max(enough), max(enough)))
         image.load()
         return _to_rgb(_turn_upright(image))
     except (DecodeError, MemoryError):

@@ -27,9 +27,11 @@ from torch.utils.data import DataLoader
 from data_pipelines.balance import deal
 from data_pipelines.collate import Collated, Collator
 from data_pipelines.config import DataConfig
-from data_pipelines.dataset import Costs, Dataset, RawSample, open_dataset
+from data_pipelines.costs import sample_costs
+from data_pipelines.dataset import Dataset, RawSample, open_dataset
 from data_pipelines.errors import BadInput
 from data_pipelines.index import Quarantined
+from data_pipelines.mixture import source_weights
 from data_pipelines.prefetch import ordered_threads
 from data_pipelines.quarantine import BadSampleLimit, QuarantineLog
 from data_pipelines.sequence import SampleSequence, sample_seeds
@@ -41,9 +43,6 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 Batch = dict[str, Any]
 
-_BYTES_A_TOKEN = 4
-# The audio tower subsamples the mel frames by four in time.
-_FRAMES_A_TOKEN = 4
 _PR_SET_PDEATHSIG = 1
 
 
@@ -88,20 +87,6 @@ class _Loaded:
     batch: Batch
     bad: dict[int, Quarantined]
     stop: str | None = None
-
-
-def sample_costs(costs: Costs, config: DataConfig) -> npt.NDArray[np.float64]:
-    """Rough cost of samples in tokens that the towers and the language model see: float64, one a sample."""
-    image = config.image
-    patches = np.minimum(costs.pixels / image.patch_size**2, image.max_patches)
-    if image.size is not None:
-        patches = np.where(costs.pixels > 0, image.max_patches, 0)
-    seconds = np.minimum(costs.audio_seconds.astype(np.float64), config.audio.max_seconds)
-    frames = seconds * 1000 / config.audio.hop_ms / _FRAMES_A_TOKEN
-    total: npt.NDArray[np.float64] = (
-        patches + frames + np.minimum(costs.text_bytes / _BYTES_A_TOKEN, config.text.max_tokens)
-    )
-    return total
 
 
 class _Reader:
@@ -281,9 +266,13 @@ class TrainLoader:
         """The data's part of a checkpoint once `step` steps are trained, for JSON. It is the same on every rank."""
         return self._sequence.state(step)
 
-    def check_state(self, old: dict[str, Any]) -> None:
-        """Raise `BadInput`, naming the field, when a checkpoint's data state is of other data or another order."""
-        self._sequence.check_state(old)
+    def resume(self, old: dict[str, Any], allow_change: bool = False) -> None:
+        """Go on from a checkpoint's data state; call it before iterating.
+
+        Raises `BadInput`, naming the field, when the state is of other data or another order. With `allow_change`
+        weights may be others and sources may be added after the old ones: see `SampleSequence.resume`.
+        """
+        self._sequence.resume(old, allow_change)
 
 
 class EvalLoader:
@@ -322,7 +311,15 @@ def build_loader(config: LoaderConfig, rank: int, world_size: int, start_step: i
             f"use a multiple of {world_size}"
         )
     datasets = [open_dataset(source.path) for source in data.train_sources]
-    weights = [source.weight for source in data.train_sources]
+    try:
+        weights = source_weights(
+            [len(dataset) for dataset in datasets],
+            [source.weight for source in data.train_sources],
+            [source.epochs for source in data.train_sources],
+            data.temperature,
+        )
+    except ValueError as error:
+        raise BadInput(f"data.train: {error}") from error
     sequence = SampleSequence(
         datasets, weights, config.run.seed, data.global_batch, data.num_streams, data.shuffle_block, data.tail
     )

@@ -21,7 +21,9 @@ IntArray = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
 DEFAULT_STREAMS = 720
-DEFAULT_BLOCK = 65_536
+# With shards of some thousand samples a stream then has one or two of them open, which is what a cache must hold, and
+# the streams' blocks together still shuffle 2.9 million samples.
+DEFAULT_BLOCK = 4_096
 # A segment holds at least this many samples, so that there is something to shuffle within each stream.
 _MIN_SEGMENT = 64
 _ROUNDS = 6
@@ -60,6 +62,11 @@ def shuffle_within(index: IntArray, length: IntArray, key: _Words) -> IntArray:
     return value.astype(np.int64)
 
 
+def stream_count(num_samples: int, num_streams: int = DEFAULT_STREAMS) -> int:
+    """Streams that `num_samples` are cut into: a function of the data alone, never of the world."""
+    return max(1, min(num_streams, num_samples // _MIN_SEGMENT))
+
+
 class Order:
     """The order of one epoch over samples 0..N-1, numbered in shard order.
 
@@ -88,14 +95,16 @@ class Order:
         if num_streams < 1 or shuffle_block < 1 or epoch < 0:
             raise ValueError("num_streams and shuffle_block must be at least 1, epoch at least 0")
         self.num_samples = int(sizes.sum())
-        self.num_streams = max(1, min(num_streams, self.num_samples // _MIN_SEGMENT))
+        self.num_streams = stream_count(self.num_samples, num_streams)
         self._block = shuffle_block
         bits = np.random.Philox(key=np.array([seed & _MASK, epoch & _MASK], dtype=np.uint64))
 
         permuted = np.argsort(bits.random_raw(len(sizes)), kind="stable")
-        self._line_ends: IntArray = np.cumsum(sizes[permuted])
+        self._shard_at: IntArray = permuted
+        self._line_sizes: IntArray = sizes[permuted]
+        self._line_ends: IntArray = np.cumsum(self._line_sizes)
         # Adding this to a place on the line gives the sample id, shard by shard.
-        self._line_to_id: IntArray = (np.cumsum(sizes) - sizes)[permuted] - (self._line_ends - sizes[permuted])
+        self._line_to_id: IntArray = (np.cumsum(sizes) - sizes)[permuted] - (self._line_ends - self._line_sizes)
 
         # Stream s walks the segment at the golden ratio's s-th place, turned and jittered afresh each epoch: any run of
         # streams, and so any batch, is spread evenly over the line, and not over neighbouring shards.
@@ -133,13 +142,35 @@ class Order:
         if wanted.min() < 0 or wanted.max() >= self.num_samples:
             raise IndexError(f"positions must lie in 0..{self.num_samples - 1}")
         turn, stream = np.divmod(wanted.reshape(-1), self.num_streams)
-        length = self._lengths[stream]
-        # Blocks of nearly equal length: a short last one would hardly be shuffled.
-        num_blocks = -(-length // self._block)
-        block = ((turn + 1) * num_blocks - 1) // length
-        block_start = block * length // num_blocks
-        block_length = (block + 1) * length // num_blocks - block_start
+        block, block_start, block_length = self._block_at(turn, stream)
         key = splitmix64(splitmix64(stream.astype(np.uint64) ^ self._key) + block.astype(np.uint64))
         place = self._starts[stream] + block_start + shuffle_within(turn - block_start, block_length, key)
         shard = np.searchsorted(self._line_ends, place, side="right")
         return (place + self._line_to_id[shard]).reshape(wanted.shape)
+
+    def _block_at(self, turn: IntArray, stream: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """Number, start and length, within its stream, of the block that holds the stream's sample `turn`."""
+        length = self._lengths[stream]
+        # Blocks of nearly equal length: a short last one would hardly be shuffled.
+        num_blocks = -(-length // self._block)
+        block = ((turn + 1) * num_blocks - 1) // length
+        start = block * length // num_blocks
+        return block, start, (block + 1) * length // num_blocks - start
+
+    def open_shards(self, position: int) -> IntArray:
+        """Shards that the streams are in the middle of at this position: int64, ascending, by number.
+
+        Every sample of the streams' present blocks lies in these shards, so they are what a cache has to hold. Raises
+        IndexError for a position outside 0..N-1.
+        """
+        if not 0 <= position < self.num_samples:
+            raise IndexError(f"position {position} of an epoch of {self.num_samples} samples")
+        stream = np.arange(self.num_streams, dtype=np.int64)
+        turn = np.minimum(position // self.num_streams, self._lengths - 1)
+        _, start, length = self._block_at(turn, stream)
+        first = np.searchsorted(self._line_ends, self._starts + start, side="right")
+        last = np.searchsorted(self._line_ends, self._starts + start + length - 1, side="right")
+        places = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]))
+        # The line holds permuted shards; ends of equal place belong to empty ones, which nobody opens.
+        opened: IntArray = np.sort(self._shard_at[places[self._line_sizes[places] > 0]])
+        return opened

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import BadInput
-from data_pipelines.mixture import Mixture
-from data_pipelines.order import Order, splitmix64
+from data_pipelines.mixture import Mixture, MixtureHistory
+from data_pipelines.order import Order, splitmix64, stream_count
 
 IntArray = npt.NDArray[np.int64]
 
@@ -83,7 +83,10 @@ class SampleSequence:
         self._fingerprint = "+".join(source.fingerprint[:16] for source in sources)
         self._seed, self._streams, self._block, self._tail = seed, num_streams, shuffle_block, tail
         self.global_batch = global_batch
+        # The epochs that a batch may touch: of each source the present one and the next.
+        self._order = functools.lru_cache(maxsize=2 * len(sources) + 1)(self._make_order)
         self.mixture = Mixture(weights)
+        self._history = MixtureHistory(self.mixture)
         if tail == "drop" and len(sources) > 1:
             raise BadInput("data.tail: drop needs a single training dataset; with a mixture epochs end at no batch")
         if tail == "drop" and self._counts[0] < global_batch:
@@ -99,15 +102,14 @@ class SampleSequence:
         """Samples of all sources together, as many of them as an epoch gives."""
         return sum(self._used)
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - as long-lived as the run
-    def _order(self, source: int, epoch: int) -> Order:
+    def _make_order(self, source: int, epoch: int) -> Order:
         # Equal datasets that are listed twice must not go in step.
         return Order(self._sizes[source], self._seed + source, epoch, self._streams, self._block)
 
     def batch(self, step: int) -> Picked:
         """The samples of global batch `step`, in order."""
         positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
-        source, within = self.mixture.at(positions)
+        source, within = self._history.at(positions)
         epoch, place = np.divmod(within, np.array(self._used, dtype=np.int64)[source])
         sample = np.empty_like(place)
         for number, turn in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
@@ -119,30 +121,61 @@ class SampleSequence:
     def state(self, step: int) -> dict[str, Any]:
         """Where the run is once `step` global batches are consumed: the same on every rank, for JSON."""
         consumed = step * self.global_batch
-        return {
+        cursors = self._history.consumed(consumed)
+        state = {
             "version": STATE_VERSION,
             "seed": self._seed,
             "epoch": consumed // self.samples_an_epoch,
             "samples": consumed,
-            "cursors": self.mixture.consumed(consumed).tolist(),
-            "num_streams": [self._order(source, 0).num_streams for source in range(len(self._sizes))],
+            "cursors": cursors.tolist(),
+            "epochs": (cursors // np.array(self._used, dtype=np.int64)).tolist(),
+            "num_streams": [stream_count(count, self._streams) for count in self._counts],
             "fingerprint": self._fingerprint,
             "mixture": self.mixture.counts.tolist(),
             "global_batch": self.global_batch,
             "shuffle_block": self._block,
             "tail": self._tail,
         }
+        if self._history.changes:
+            state["changes"] = [[end, counts] for end, counts in self._history.changes]
+        return state
 
-    def check_state(self, old: dict[str, Any]) -> None:
-        """Raise `BadInput`, naming the field, unless `old` is a state of this very sequence."""
-        check_state(old, self.state(0))
+    def resume(self, old: dict[str, Any], allow_change: bool = False) -> None:
+        """Go on from a checkpoint's state; call it before the first batch.
+
+        Mixtures that the run had before are taken over from it. With `allow_change` sources may have been added after
+        the old ones, and weights may be others: up to the next end of a block the sequence is the old one, and the new
+        one from there; each source goes on where it was. Raises `BadInput`, naming the field, for any other difference.
+        """
+        changed = check_state(old, self.state(0), allow_change)
+        try:
+            history = MixtureHistory(Mixture.of_counts(old["mixture"]), old.get("changes", []))
+            self._history = history.changed(self.mixture, int(old["samples"])) if changed else history
+        except (TypeError, ValueError, KeyError) as error:
+            raise BadInput(f"the checkpoint's data state cannot be read ({error})") from error
 
 
-def check_state(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise `BadInput`, naming the field, when the two states belong to different sequences."""
-    for name in _FIXED_FIELDS:
-        if old.get(name) != new[name]:
-            raise BadInput(
-                f"the checkpoint is of other data: {name} was {old.get(name)} and is {new[name]} now; "
-                "put the data and settings back, or start a new run.dir"
-            )
+def check_state(old: dict[str, Any], new: dict[str, Any], allow_change: bool = False) -> bool:
+    """Whether sources were added or weights changed between two states, with `allow_change` alone.
+
+    Raises `BadInput`, naming the field, when the states belong to different sequences otherwise.
+    """
+    sources, streams = old.get("fingerprint"), old.get("num_streams")
+    kept = (
+        isinstance(sources, str)
+        and isinstance(streams, list)
+        and new["fingerprint"].split("+")[: len(streams)] == sources.split("+")
+        and new["num_streams"][: len(streams)] == streams
+    )
+    may_change = ("fingerprint", "mixture", "num_streams") if kept else ()
+    differing = [name for name in _FIXED_FIELDS if old.get(name) != new[name]]
+    for name in differing:
+        if name in may_change and allow_change:
+            continue
+        advice = "put the data and settings back, or start a new run.dir"
+        if set(differing) <= set(may_change):
+            advice = "put them back, go on with the new mixture by --allow-change, or start a new run.dir"
+        elif allow_change and name in ("fingerprint", "mixture", "num_streams"):
+            advice = "--allow-change takes other weights, and new sources after the old ones, and nothing else"
+        raise BadInput(f"the checkpoint is of other data: {name} was {old.get(name)} and is {new[name]} now; {advice}")
+    return bool(differing)

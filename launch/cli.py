@@ -59,6 +59,9 @@ def train(
     resume: Annotated[
         str, typer.Option(metavar="auto|never|PATH", help="Go on from the newest valid checkpoint, none, or this one.")
     ] = "auto",
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Go on though weights of data.train changed or sources were added.")
+    ] = False,
 ) -> None:
     """Train on this machine.
 
@@ -66,7 +69,7 @@ def train(
     """
     from launch.train_command import train_command
 
-    raise typer.Exit(train_command(config, set or (), nproc, resume))
+    raise typer.Exit(train_command(config, set or (), nproc, resume, allow_change))
 
 
 @app.command(epilog="example: triptych checkpoints runs/demo/run --json")

@@ -34,7 +34,11 @@ _OTHER_WORLDS = {
 
 
 def train_command(
-    config: Path, overrides: Sequence[str] = (), num_processes: int | None = None, resume: str = "auto"
+    config: Path,
+    overrides: Sequence[str] = (),
+    num_processes: int | None = None,
+    resume: str = "auto",
+    allow_change: bool = False,
 ) -> int:
     """Train on this machine and return the exit status of the ranks.
 
@@ -43,6 +47,7 @@ def train_command(
         overrides: `key=value` settings that win over the file.
         num_processes: ranks; by default one a GPU, or two on a CPU with at least two cores.
         resume: `auto` goes on from the newest valid checkpoint, `never` starts anew, a path goes on from that one.
+        allow_change: go on from a checkpoint though weights of `data.train` changed or sources were added.
 
     Raises:
         BadInput: the config, an override or the path to resume from is wrong.
@@ -51,7 +56,9 @@ def train_command(
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise BadInput(f"--resume {resume}: no such checkpoint folder; give auto, never, or .../checkpoints/step-N")
     ranks = num_processes or default_num_processes()
-    return supervise(train_arguments(config, overrides, ranks, resume), rank_environment(os.environ, ranks))
+    return supervise(
+        train_arguments(config, overrides, ranks, resume, allow_change), rank_environment(os.environ, ranks)
+    )
 
 
 def default_num_processes() -> int:
@@ -65,7 +72,9 @@ def default_num_processes() -> int:
     return min(2, len(os.sched_getaffinity(0)))
 
 
-def train_arguments(config: Path, overrides: Sequence[str], num_processes: int, resume: str) -> list[str]:
+def train_arguments(
+    config: Path, overrides: Sequence[str], num_processes: int, resume: str, allow_change: bool = False
+) -> list[str]:
     """The command that starts the ranks on one machine."""
     # A config file of ours keeps accelerate from reading the user's default one. Port 0 is a free one, so that two runs
     # on one machine do not meet.
@@ -75,6 +84,8 @@ def train_arguments(config: Path, overrides: Sequence[str], num_processes: int, 
     arguments += ["-m", "pretrain.train", str(config), "--resume", resume]
     for override in overrides:
         arguments += ["--set", override]
+    if allow_change:
+        arguments.append("--allow-change")
     return arguments
 
 

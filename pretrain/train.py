@@ -43,11 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (auto)")
+    parser.add_argument("--allow-change", action="store_true", help="let the mixture change on resume")
     options = parser.parse_args(arguments)
     prepare_environment()
     stop_with_launcher()
     try:
-        return DONE if train(options.config, options.set, options.resume) else STOPPED
+        return DONE if train(options.config, options.set, options.resume, options.allow_change) else STOPPED
     except BadInput as error:
         if global_rank() and not isinstance(error, SeenByOneRank):
             # Rank 0 says it for all, and the launcher would end it as soon as another rank is gone.
@@ -68,7 +69,7 @@ def stop_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def train(config_path: str, overrides: Sequence[str], resume: str) -> bool:
+def train(config_path: str, overrides: Sequence[str], resume: str, allow_change: bool = False) -> bool:
     """Train as `config_path` says.
 
     Returns:
@@ -113,7 +114,7 @@ def train(config_path: str, overrides: Sequence[str], resume: str) -> bool:
         step = int(state.get("step", 0))
         loader = build_loader(config, engine.rank, engine.world_size, start_step=step)
         if state:
-            loader.check_state(state["data"])
+            loader.resume(state["data"], allow_change)
         run_id = write_run_files(run_dir, dump_config(config), engine, step) if engine.is_main else ""
         run_id = engine.gather_objects(run_id)[0]
 

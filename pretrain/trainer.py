@@ -227,6 +227,7 @@ FREE_SETTINGS = (
     "run.name",
     "run.stop_before",
     "data.train",
+    "data.temperature",
     "data.eval",
     "data.build",
     "data.num_workers",
@@ -242,7 +243,7 @@ FREE_SETTINGS = (
     "engine.collective_timeout_seconds",
     "engine.bucket_mb",
 )
-"""Settings that a resume may change. Data folders may move: the data's fingerprint is compared instead."""
+"""Settings that a resume may change. Folders may move: the data's fingerprint and mixture are compared instead."""
 
 
 def different_setting(old: dict[str, Any], new: Settings) -> str | None:

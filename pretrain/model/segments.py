@@ -92,7 +92,7 @@ def build_rows(
         num_image, num_audio: int [B], soft tokens that the towers produce for each sample (0 = none).
         show_image, show_audio: bool [B], what the conditioned segment may see.
         special: the framing tokens.
-        row_tokens: length of a row; a longer segment makes its own, longer row.
+        row_tokens: most tokens of a row; rows are longer where a single segment is.
         plain: also lay out the [BOS, text, EOS] segments.
 
     Returns:
@@ -114,7 +114,8 @@ def build_rows(
     if not segments:
         segments.append((-1, np.array([special.bos]), 1, False))
 
-    rows = pack(np.array([len(ids) for _, ids, _, _ in segments]), row_tokens)
+    sizes = np.array([len(ids) for _, ids, _, _ in segments])
+    rows = pack(sizes, max(row_tokens, int(sizes.max())), _WIDTH_MULTIPLE)
     width = -(-max(sum(len(segments[s][1]) for s in row) for row in rows) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
     ids = np.full((len(rows), width), special.eos, dtype=np.int64)
     position = np.zeros((len(rows), width), dtype=np.int64)

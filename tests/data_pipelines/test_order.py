@@ -22,7 +22,7 @@ def whole_epoch(order: Order, size: int) -> np.ndarray:
     return np.concatenate([order.global_batch(step, size) for step in range(order.num_batches(size))])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     sizes_strategy,
     st.integers(0, 2**63),
@@ -45,7 +45,7 @@ def test_every_sample_once_an_epoch(
     assert order.num_streams == max(1, min(streams, sum(sizes) // 64))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(sizes_strategy, st.integers(0, 100), st.integers(40, 90), st.integers(91, 500), st.randoms())
 def test_any_cut_into_batches_gives_the_same_sequence(sizes, seed, one, other, random) -> None:  # type: ignore[no-untyped-def]
     order = Order(sizes, seed, 0)
@@ -55,7 +55,7 @@ def test_any_cut_into_batches_gives_the_same_sequence(sizes, seed, one, other, r
     np.testing.assert_array_equal(order.at(positions), sequence[positions])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(1, 5000), st.integers(0, 2**64 - 1))
 @example(1, 0)
 @example(2, 1)
@@ -89,6 +89,55 @@ def test_golden_orders(sizes: tuple[int, ...], seed: int, epoch: int) -> None:
     """A changed hash is a changed order: every run resumed across the change would read other samples."""
     ids = whole_epoch(Order(sizes, seed, epoch), 64)
     assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] == GOLDEN[sizes, seed, epoch]
+
+
+FIRST_POSITIONS = {
+    (1, 1, 0, 0): "af5570f5a1810b7af78caf4bc70a660f0df51e42baf91d4de5b2328de0e83dfc",
+    (1, 100, 0, 0): "9113804b764efb0285cf5da06b9422a4c6f4ec2ede8ec66de0627560514dee59",
+    (8, 1000, 42, 2): "8aa104d4df9e2f2d1f2258efac8753e8bbe3e33e171cf97382039fe596da7e98",
+    (2_000, 5_000, 0, 0): "170cc1ad244a329543c5370bc4d6527cfa2496d09b9bb39bb0bc4614dcc899fa",
+    (200_000, 5_000, 0, 0): "d092a5aa93740da48e0a94b48140f4a8c684e5b321f865ad1a619f366c09a00f",
+    (200_000, 5_000, 17, 3): "75299cf36b6a3c29d718ff907d998c5032798284cef0b7254e4a4bffabcabbb3",
+}
+
+
+@pytest.mark.parametrize(("shards", "each", "seed", "epoch"), FIRST_POSITIONS)
+def test_golden_first_positions(shards: int, each: int, seed: int, epoch: int) -> None:
+    """The first 4,096 samples with the default settings, up to 1e9 samples in 2e5 shards."""
+    order = Order(np.full(shards, each), seed, epoch)
+    ids = order.at(np.arange(min(4096, order.num_samples)))
+    digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+    assert digest == FIRST_POSITIONS[shards, each, seed, epoch]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(sizes_strategy, st.integers(0, 9), st.integers(1, 8), st.integers(1, 200), st.randoms(use_true_random=False))
+def test_any_position_is_the_same_alone_and_among_others(sizes, seed, streams, block, random) -> None:  # type: ignore[no-untyped-def]
+    order = Order(sizes, seed, 1, streams, block)
+    positions = np.array([random.randrange(order.num_samples) for _ in range(8)])
+    alone = [int(order.at([position])[0]) for position in positions]
+    assert order.at(positions).tolist() == alone
+    assert order.at(positions.reshape(2, 4)).shape == (2, 4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(sizes_strategy, st.integers(0, 9), st.integers(1, 5), st.integers(1, 120))
+@example([0, 130, 0, 70, 0], 0, 2, 40)
+def test_what_is_read_next_lies_in_the_open_shards(sizes: list[int], seed: int, streams: int, block: int) -> None:
+    order = Order(sizes, seed, 0, streams, block)
+    ends = np.cumsum(sizes)
+    for position in np.linspace(0, order.num_samples - 1, 12).astype(int).tolist():
+        shard = int(np.searchsorted(ends, order.at([position])[0], side="right"))
+        opened = order.open_shards(position)
+        assert shard in opened and all(sizes[one] for one in opened)
+        assert opened.tolist() == sorted(set(opened.tolist()))
+
+
+def test_a_stream_has_about_two_shards_open() -> None:
+    """What a cache has to hold at 1e9 samples in 2e5 shards, by default and with blocks of 65,536."""
+    sizes = np.full(200_000, 5000)
+    by_default, wide = (len(Order(sizes, 0, 0, 720, block).open_shards(10**8)) for block in (4096, 65_536))
+    assert 720 < by_default < 720 * 2 and wide > 720 * 13
 
 
 def test_seeds_and_epochs_differ() -> None:
@@ -133,21 +182,33 @@ def test_shards_are_read_in_another_order_each_epoch() -> None:
     assert firsts == set(range(8))
 
 
-def test_a_billion_samples_cost_no_memory_and_no_time() -> None:
-    sizes = np.full(200_000, 5000)
-    started = time.process_time()
+def planning(sizes: np.ndarray) -> tuple[float, int, Order]:
+    """CPU-seconds and most bytes of making an order and seeking to its last batch."""
     tracemalloc.start()
     try:
         order = Order(sizes, 0, 3)
-        last = order.num_batches(4096) - 1
-        batches = [order.global_batch(step, 4096) for step in (0, last // 2, last)]
+        order.global_batch(order.num_batches(4096) - 1, 4096)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # 2e5 shards take 1.6 MB an array; the epoch itself would take 8 GB.
-    assert peak < 50e6
-    assert time.process_time() - started < 5
+    started = time.process_time()
+    order = Order(sizes, 0, 3)
+    order.global_batch(order.num_batches(4096) - 1, 4096)
+    return time.process_time() - started, peak, order
+
+
+def test_a_billion_samples_cost_no_memory_and_no_time() -> None:
+    """Under 64 MB; the time is 30 to 60 ms (benchmarks/order.py), here with room for a machine under load."""
+    seconds, peak, order = planning(np.full(200_000, 5000))
+    assert peak < 64e6 and seconds < 1
+    last = order.num_batches(4096) - 1
+    batches = [order.global_batch(step, 4096) for step in (0, last // 2, last)]
     assert len(np.unique(np.concatenate(batches))) == 2 * 4096 + len(batches[-1])
+
+
+def test_planning_costs_the_same_for_any_number_of_samples() -> None:
+    peaks = [planning(np.full(1000, each))[1] for each in (10**3, 10**5, 10**7)]
+    assert max(peaks) < 1.2 * min(peaks)
 
 
 def test_what_is_refused() -> None:
@@ -160,6 +221,9 @@ def test_what_is_refused() -> None:
             order.global_batch(step, 4)
     with pytest.raises(IndexError):
         order.at([10])
+    for position in (-1, 10):
+        with pytest.raises(IndexError):
+            order.open_shards(position)
     with pytest.raises(ValueError):
         order.num_batches(0)
     assert Order([], 0, 0).num_batches(4) == 0 and Order([0], 0, 0).at([]).tolist() == []

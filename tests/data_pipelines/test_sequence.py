@@ -91,7 +91,7 @@ def test_seeds_are_of_the_sample_and_the_epoch() -> None:
 
 def test_state_is_small_and_says_where_the_run_is() -> None:
     state = sequence([70, 30]).state(10)
-    assert len(json.dumps(state)) < 300
+    assert len(json.dumps(state)) < 320
     assert (state["samples"], state["epoch"], state["cursors"], state["num_streams"]) == (160, 1, [160], [1])
     check_state(json.loads(json.dumps(state)), sequence([70, 30]).state(0))
 
@@ -110,12 +110,89 @@ def test_state_is_small_and_says_where_the_run_is() -> None:
 )
 def test_a_foreign_state_is_refused_by_name(other: SampleSequence, field: str) -> None:
     with pytest.raises(BadInput, match=f"{field} was"):
-        other.check_state(sequence([70, 30]).state(10))
+        other.resume(sequence([70, 30]).state(10))
 
 
 def test_another_mixture_or_version_is_refused() -> None:
     two = sequence([70], [30], weights=[2, 1])
     with pytest.raises(BadInput, match="mixture was"):
-        two.check_state(sequence([70], [30], weights=[1, 1]).state(0))
+        two.resume(sequence([70], [30], weights=[1, 1]).state(0))
     with pytest.raises(BadInput, match="version was None"):
-        two.check_state({})
+        two.resume({})
+    with pytest.raises(BadInput, match="version was None"):
+        two.resume({}, allow_change=True)
+
+
+def indices(made: SampleSequence, steps: range) -> np.ndarray:
+    return np.concatenate([made.batch(step).index for step in steps])
+
+
+BLOCK = 4096
+CHANGES = {
+    "weights": ({"sizes": [[3000], [1000]], "weights": [1, 1]}, {"sizes": [[3000], [1000]], "weights": [1, 3]}),
+    "source": (
+        {"sizes": [[3000], [1000]], "weights": [1, 1]},
+        {"sizes": [[3000], [1000], [900]], "weights": [2, 2, 1]},
+    ),
+    "second source": ({"sizes": [[3000, 60]], "weights": [1]}, {"sizes": [[3000, 60], [900]], "weights": [2, 1]}),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_takes_effect_at_a_blocks_end_and_nowhere_else(kind: str) -> None:
+    old, new = (sequence(*one["sizes"], weights=one["weights"], global_batch=256) for one in CHANGES[kind])
+    state = json.loads(json.dumps(old.state(3)))
+    with pytest.raises(BadInput, match="--allow-change"):
+        new.resume(state)
+    new.resume(state, allow_change=True)
+    # A single source has blocks of one sample.
+    changed = 3 if kind == "second source" else BLOCK // 256
+    np.testing.assert_array_equal(indices(new, range(changed)), indices(old, range(changed)))
+    picked = [new.batch(step) for step in range(changed + 2 * BLOCK // 256)]
+    source, sample = (np.concatenate([getattr(one, name) for one in picked]) for name in ("source", "sample"))
+    weights, sizes = np.array(CHANGES[kind][1]["weights"]), CHANGES[kind][1]["sizes"]
+    assert np.abs(np.bincount(source[changed * 256 :]) - weights / weights.sum() * 2 * BLOCK).max() <= 2
+    for number, size in enumerate(map(sum, sizes)):
+        mine = sample[source == number]
+        turns = np.sort(mine[: len(mine) // size * size].reshape(-1, size), axis=1)
+        assert (turns == np.arange(size)).all(), "an epoch of the source holds each sample once"
+
+
+def test_a_changed_run_goes_on_as_itself_and_may_change_again() -> None:
+    first, second, third, back = (
+        sequence([3000], [1000], weights=weights, global_batch=256) for weights in ([1, 1], [1, 3], [5, 1], [1, 3])
+    )
+    second.resume(first.state(3), allow_change=True)
+    again = sequence([3000], [1000], weights=[1, 3], global_batch=256)
+    again.resume(json.loads(json.dumps(second.state(5))))
+    assert again.state(50) == second.state(50)
+    np.testing.assert_array_equal(indices(again, range(40)), indices(second, range(40)))
+    # Changed again after the first change took effect, and back before the second did.
+    third.resume(second.state(20), allow_change=True)
+    assert third.state(0)["changes"] == [[BLOCK, [2048, 2048]], [2 * BLOCK, [1024, 3072]]]
+    np.testing.assert_array_equal(indices(third, range(32)), indices(second, range(32)))
+    back.resume(third.state(25), allow_change=True)
+    np.testing.assert_array_equal(indices(back, range(40)), indices(second, range(40)))
+    cursors = np.bincount(np.concatenate([third.batch(step).source for step in range(40)]), minlength=2)
+    assert third.state(40)["cursors"] == cursors.tolist()
+    assert third.state(40)["epochs"] == [int(cursors[0]) // 3000, int(cursors[1]) // 1000]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (sequence([70], [30]), sequence([70]), "fingerprint was .* new sources after the old ones"),
+        (sequence([70]), sequence([70], [30], seed=4), "seed was 3 and is 4"),
+        (sequence([70], [30], weights=[2, 1]), sequence([70], [30], global_batch=8), "global_batch was 16"),
+    ],
+)
+def test_what_a_change_does_not_take(old: SampleSequence, new: SampleSequence, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        new.resume(old.state(5), allow_change=True)
+
+
+def test_a_broken_history_is_bad_input() -> None:
+    made = sequence([70], [30])
+    for changes in ([[0, [1, 1]]], [[5, [2048, 2048]]], [["x"]], 7, [[4096, [0, 4096]]]):
+        with pytest.raises(BadInput, match="data state cannot be read"):
+            made.resume({**made.state(3), "changes": changes})
