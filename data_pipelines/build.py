@@ -196,6 +196,8 @@ class _Build:
                     return
                 if jobs:
                     progress.say(f"{folder.path}: Slurm's jobs {' '.join(jobs)} are at work here already")
+                    if self.slurm.dry_run:
+                        return
                 elif not self._submit(folder, plan, self.slurm, progress):
                     return
             except BaseException:

@@ -20,7 +20,8 @@ from data_pipelines.errors import BadInput
 from data_pipelines.plan import Plan
 from data_pipelines.progress import Progress
 
-_SECONDS_BETWEEN_POLLS = 2.0
+# Slurm is asked more and more rarely: clusters do not like to be asked often, and long builds need not.
+_FIRST_POLL_SECONDS, _LAST_POLL_SECONDS, _POLL_GROWTH = 1.0, 15.0, 1.1
 _SECONDS_BETWEEN_SUMMARIES = 30.0
 # A network file system may show another node's files this much later.
 _SECONDS_FOR_FILES_TO_SHOW = 60.0
@@ -39,11 +40,11 @@ class ShardIsDone:
 
 def active_jobs(folder: BuildFolder) -> list[str]:
     """Slurm's jobs that build in a folder now, as far as Slurm can be asked from here."""
-    submissions = slurm.submissions_of(folder.path.resolve())
-    watch = slurm.Watch(submissions)
-    if not submissions or not watch.poll() or watch.is_lost:
+    submission = slurm.last_submission(folder.path.resolve())
+    if submission is None:
         return []
-    return [job for submission in submissions for job in submission.jobs]
+    watch = slurm.Watch(submission)
+    return submission.jobs if watch.poll() and not watch.is_lost else []
 
 
 def submit(
@@ -81,36 +82,37 @@ def follow(
     `finish` ends the build, or returns the paths of the shards that are missing. Raises `BadInput` for shards that were
     not built and what a user can do about it.
     """
-    watch = slurm.Watch(slurm.submissions_of(folder.path.resolve()))
+    submission = slurm.last_submission(folder.path.resolve())
+    assert submission is not None
+    watch = slurm.Watch(submission)
     if not wait:
-        _say_how_to_go_on(watch, progress)
+        _say_how_to_go_on(submission, progress)
         return
     try:
         _wait(folder, plan, watch, progress)
     except KeyboardInterrupt:
         progress.say("the jobs go on without this command")
-        _say_how_to_go_on(watch, progress)
+        _say_how_to_go_on(submission, progress)
         raise
     missing = finish(progress)
     deadline = time.monotonic() + _SECONDS_FOR_FILES_TO_SHOW
-    while missing and _all_completed(watch) and time.monotonic() < deadline:
-        time.sleep(_SECONDS_BETWEEN_POLLS)
+    while missing and set(watch.array_states()) == {"COMPLETED"} and time.monotonic() < deadline:
+        time.sleep(_FIRST_POLL_SECONDS)
         missing = finish(progress)
     if missing:
         raise _error(folder, plan, watch, missing, progress)
 
 
-def _say_how_to_go_on(watch: slurm.Watch, progress: Progress) -> None:
-    jobs = [job for submission in watch.submissions for job in submission.jobs]
-    logs = watch.submissions[-1].folder / slurm.LOGS
-    progress.say(f"look at them: squeue --jobs {','.join(jobs)}; their logs: {logs}")
+def _say_how_to_go_on(submission: slurm.Submission, progress: Progress) -> None:
+    jobs = submission.jobs
+    progress.say(f"look at them: squeue --jobs {','.join(jobs)}; their logs: {submission.folder / slurm.LOGS}")
     progress.say(f"go on waiting: the same command again; stop them: scancel {' '.join(jobs)}")
 
 
 def _wait(folder: BuildFolder, plan: Plan, watch: slurm.Watch, progress: Progress) -> None:
     missing = dict(enumerate(plan.shard_sizes))
     is_started, said, last = False, "", -_SECONDS_BETWEEN_SUMMARIES
-    num_idle = 0
+    num_idle, pause = 0, _FIRST_POLL_SECONDS
     # Twice, since a job whose node died looks ended for a moment before Slurm puts it back into the queue.
     while num_idle < 2:
         num_idle = 0 if watch.poll() else num_idle + 1
@@ -128,18 +130,13 @@ def _wait(folder: BuildFolder, plan: Plan, watch: slurm.Watch, progress: Progres
         if summary and summary != said and time.monotonic() - last >= _SECONDS_BETWEEN_SUMMARIES:
             progress.say(f"array tasks: {summary}" if not watch.is_lost else summary)
             said, last = summary, time.monotonic()
-        time.sleep(_SECONDS_BETWEEN_POLLS)
-
-
-def _all_completed(watch: slurm.Watch) -> bool:
-    arrays = {job for submission in watch.submissions[-1:] for job in submission.array}
-    states = [state for job, state in watch.states.items() if job.split("_")[0] in arrays]
-    return bool(states) and set(states) == {"COMPLETED"}
+        time.sleep(pause)
+        pause = min(_LAST_POLL_SECONDS, pause * _POLL_GROWTH)
 
 
 def _error(folder: BuildFolder, plan: Plan, watch: slurm.Watch, missing: list[str], progress: Progress) -> Exception:
     """What to raise: the failure of the first missing shard that has one; the others' are said."""
-    submission = watch.submissions[-1]
+    submission = watch.submission
     work = array.ArrayWork.load(submission.folder)
     failures = array.failures(submission.folder)
     parts = {str(task): work.part_of(number) for number, task in enumerate(work.tasks)}

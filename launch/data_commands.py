@@ -208,10 +208,10 @@ def _parse_sbatch(options: list[str]) -> dict[str, str]:
 
 def _submitted(folder: Path) -> dict[str, Any] | None:
     """The jobs of a build that is on its way, None when it is done."""
-    from data_pipelines.engines.slurm import submissions_of
+    from data_pipelines.engines.slurm import last_submission
 
-    submissions = submissions_of(folder)
-    return {"path": str(folder), "jobs": [int(job) for job in submissions[-1].jobs]} if submissions else None
+    submission = last_submission(folder)
+    return None if submission is None else {"path": str(folder), "jobs": [int(job) for job in submission.jobs]}
 
 
 def _summary(folder: Path) -> dict[str, Any]:

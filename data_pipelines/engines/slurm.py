@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,9 +30,11 @@ JOBS_FILE = "jobs.json"
 LOGS = "logs"
 SCRIPT_FILE = "datatrove/launch_script.slurm"
 _MAX_PARTS = 100
-# Variables that jobs get where they are set; SBATCH_* (a user's own defaults) beside them.
+# Variables that jobs get where they are set.
 EXPORTED = ("HOME", "USER", "LOGNAME", "PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "HF_HOME")
-_CLIENT_ONLY = ("SLURM_CONF",)
+# A user's own defaults for sbatch, which would win over the job script: each where the option is not given.
+_DEFAULTS = {"SBATCH_PARTITION": "partition", "SBATCH_ACCOUNT": "account", "SBATCH_TIMELIMIT": "time"}
+_MORE_DEFAULTS = {"SBATCH_QOS": "qos", "SBATCH_CONSTRAINT": "constraint", "SBATCH_RESERVATION": "reservation"}
 _OURS = ("array", "output", "error", "open-mode", "wrap", "chdir", "wait", "parsable")
 _ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
@@ -81,6 +83,11 @@ class SlurmOptions:
     def export_names(self) -> list[str]:
         """Variables that jobs get beside `EXPORTED`."""
         return [name for name in self.sbatch.get("export", "").split(",") if name]
+
+    def client_names(self) -> list[str]:
+        """Variables that sbatch itself gets: where the cluster is, and defaults for what is not given here."""
+        free = [name for name, option in _DEFAULTS.items() if getattr(self, option) is None]
+        return ["SLURM_CONF", *free, *(name for name, option in _MORE_DEFAULTS.items() if option not in self.sbatch)]
 
 
 @dataclass(frozen=True)
@@ -166,16 +173,19 @@ def submit(folder: Path, work: ArrayWork, options: SlurmOptions, job_name: str) 
     if '"' in str(folder) or not str(folder).isprintable() or "%" in str(folder) or "\\" in str(folder):
         raise BadInput(f"{folder}: sbatch cannot take quotes, '%', '\\' and control characters in --out")
     submissions = folder / SUBMISSIONS
-    # Jobs unpickle what lies here, so nobody else may write to it.
     submissions.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = submissions.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        # Jobs unpickle what lies there.
+        raise BadInput(f"{submissions}: others may write there; delete it, or build as the user who began")
     place = submissions / f"{max((int(path.name) for path in submissions.glob('[0-9]*')), default=-1) + 1:03d}"
     place.mkdir()
     work.save(place)
     (place / "datatrove").mkdir()
+    (place / LOGS).mkdir()
     python = os.environ.get("TRIPTYCH_PYTHON")
     names = [*EXPORTED, *options.export_names()]
-    environment = {name: os.environ[name] for name in (*names, *_CLIENT_ONLY) if name in os.environ}
-    environment |= {name: value for name, value in os.environ.items() if name.startswith("SBATCH_")}
+    environment = {name: os.environ[name] for name in (*names, *options.client_names()) if name in os.environ}
     # This package may be a checkout that is not installed. Another Python has one of its own.
     root = str(Path(__file__).resolve().parents[2])
     paths = [*([] if python else [root]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -204,22 +214,23 @@ def submit(folder: Path, work: ArrayWork, options: SlurmOptions, job_name: str) 
     return submission
 
 
-def submissions_of(folder: Path) -> list[Submission]:
-    """Every submission of the build of a dataset folder, oldest first."""
-    return [Submission.of(place) for place in sorted((folder / SUBMISSIONS).glob("[0-9]*"))]
+def last_submission(folder: Path) -> Submission | None:
+    """The last submission of the build of a dataset folder; those before it have ended."""
+    places = sorted((folder / SUBMISSIONS).glob("[0-9]*"))
+    return Submission.of(places[-1]) if places else None
 
 
 class Watch:
-    """Asks Slurm about the jobs of submissions; remembers the last state of every one, for Slurm forgets."""
+    """Asks Slurm about the jobs of a submission; remembers the last state of every one, for Slurm forgets."""
 
-    def __init__(self, submissions: Sequence[Submission]) -> None:
-        self.submissions = list(submissions)
+    def __init__(self, submission: Submission) -> None:
+        self.submission = submission
         self.states: dict[str, str] = {}
         self.is_lost = False
 
     def poll(self) -> bool:
         """Ask; whether any of the jobs is still to run or running. While Slurm does not answer, what it said last."""
-        jobs = [job for submission in self.submissions for job in submission.jobs]
+        jobs = self.submission.jobs
         if not jobs:
             return False
         command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={','.join(jobs)}"]
@@ -242,18 +253,19 @@ class Watch:
 
     def array_has_ended(self) -> bool:
         """Whether only jobs that end a build are left."""
-        finishing = {job for submission in self.submissions for job in submission.finish}
         left = {job for job, state in self.states.items() if state not in _ENDED and state != "gone"}
-        return bool(left) and left <= finishing
+        return bool(left) and left <= set(self.submission.finish)
 
     def cancel_finishing(self) -> None:
         """Take the jobs that end a build out of the queue, unless they run already."""
-        jobs = [job for submission in self.submissions for job in submission.finish]
-        if jobs:
-            subprocess.run(["scancel", "--state=PENDING", *jobs], capture_output=True, timeout=60, check=False)
+        jobs = self.submission.finish
+        subprocess.run(["scancel", "--state=PENDING", *jobs], capture_output=True, timeout=60, check=False)
+
+    def array_states(self) -> list[str]:
+        """Last known states of the array's tasks."""
+        return [state for job, state in self.states.items() if job.split("_")[0] in self.submission.array]
 
     def summary(self) -> str:
         """`2 running, 5 pending` of the array tasks that are left."""
-        arrays = tuple(f"{job}_" for submission in self.submissions for job in submission.array)
-        states = [state for job, state in self.states.items() if job.startswith(arrays) and state not in _ENDED]
-        return ", ".join(f"{count} {state.lower()}" for state, count in sorted(Counter(states).items()))
+        states = Counter(state for state in self.array_states() if state not in _ENDED)
+        return ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()))

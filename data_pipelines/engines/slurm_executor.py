@@ -85,7 +85,7 @@ class ShardExecutor(SlurmPipelineExecutor):  # type: ignore[misc]
             "time": self.time,
             "output": f"{self.slurm_logs_folder}/%A_%a.log",
             "open-mode": "append",
-            "requeue": True,
+            "requeue": None if "no-requeue" in self.further else True,
             # Before the time limit datatrove puts the task back into the queue, and it goes on with what is left.
             "signal": "USR1@30",
             "export": ",".join(self.exported),

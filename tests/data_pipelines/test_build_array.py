@@ -12,11 +12,11 @@ import pytest
 
 from data_pipelines.build import build_dataset
 from data_pipelines.engines import array
-from data_pipelines.engines.slurm import SlurmOptions, Submission, submissions_of
+from data_pipelines.engines.slurm import SlurmOptions, Submission, last_submission
 from data_pipelines.errors import BadInput
 from tests.data_pipelines.raw import write_csv, write_files
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -33,7 +33,8 @@ def plan_array(manifest: Path, out: Path, **options: Any) -> Path:
     pytest.importorskip("datatrove", reason="needs datatrove: pip install 'triptych[slurm]'")
     skip = {"on_error": options.pop("on_error", "fail")}
     build(manifest, out, slurm=SlurmOptions(dry_run=True, **options), **skip)
-    (submission,) = submissions_of(out)
+    submission = last_submission(out)
+    assert submission is not None and submission.jobs == []
     return submission.folder
 
 
