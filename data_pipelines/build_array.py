@@ -121,11 +121,11 @@ def _wait(folder: BuildFolder, plan: Plan, watch: slurm.Watch, progress: Progres
             watch.cancel_finishing()
         done = [n for n in missing if folder.has_index(plan.shard_path(n))]
         count = sum(missing.pop(number) for number in done)
-        if is_started:
-            progress.advance(count)
-        else:
+        if not is_started:
             progress.start(plan.num_rows, count)
             is_started = True
+        elif count:
+            progress.advance(count)
         summary = "Slurm does not answer; waiting" if watch.is_lost else watch.summary()
         if summary and summary != said and time.monotonic() - last >= _SECONDS_BETWEEN_SUMMARIES:
             progress.say(f"array tasks: {summary}" if not watch.is_lost else summary)
