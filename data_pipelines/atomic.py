@@ -8,6 +8,7 @@ the parent) is SQLite's and the one that the checkpoint of this project follows.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedRandom
@@ -27,11 +28,12 @@ def fsync_folder(folder: Path) -> None:
 def atomic_file(path: Path) -> Iterator[BufferedRandom]:
     """Open a temporary file beside `path` for writing and reading; on success it takes that name, on an error it goes.
 
-    The name carries the process id: two processes that write the same path do not meet, and the last rename wins.
+    Its name is drawn at random, since process ids repeat from node to node: two processes that write the same path, on
+    one machine or on two, do not meet, and the last rename wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".tmp-{path.name}.{os.getpid()}"
+    temporary = path.parent / f".tmp-{path.name}.{secrets.token_hex(6)}"
     try:
         with open(temporary, "w+b") as file:
             yield file

@@ -8,6 +8,7 @@ the dataset was made from.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipelines import build_array
 from data_pipelines.atomic import atomic_file
 from data_pipelines.build_folder import BuildFolder
 from data_pipelines.dataset import ShardEntry, commit_shard, open_dataset, write_dataset
 from data_pipelines.engines import local
+from data_pipelines.engines.slurm import SlurmOptions
 from data_pipelines.errors import BadInput
 from data_pipelines.plan import Fault, Plan, make_plan, read_rows
 from data_pipelines.progress import Progress
@@ -40,6 +43,9 @@ class ShardTask:
     plan_file: Path
     faults_file: Path
 
+    def __str__(self) -> str:
+        return self.path
+
 
 @dataclass(frozen=True)
 class ShardBuilder:
@@ -49,8 +55,11 @@ class ShardBuilder:
     skip_faults: bool
 
     def __call__(self, task: ShardTask, tick: local.Tick) -> ShardEntry:
-        """Build one shard of the plan."""
-        return build_shard(self.source, task, self.skip_faults, tick)
+        """Build one shard of the plan. Raises `BadInput` for a bad row."""
+        try:
+            return build_shard(self.source, task, self.skip_faults, tick)
+        except RowFault as fault:
+            raise fault.as_bad_input(self.source.label) from fault
 
 
 def build_shard(source: Source, task: ShardTask, skip_faults: bool, tick: local.Tick) -> ShardEntry:
@@ -91,6 +100,7 @@ def build_dataset(
     name: str | None = None,
     seed: int = 0,
     progress: bool = True,
+    slurm: SlurmOptions | None = None,
 ) -> Path:
     """Build a dataset folder and return its path. Where the same build is done already, do nothing.
 
@@ -106,6 +116,8 @@ def build_dataset(
         name: the dataset's name, and the beginning of its shards' names.
         seed: of embedded sources, which draw at random.
         progress: tell on standard error how far the build is.
+        slurm: build on a Slurm cluster, and not in processes of this machine. Any part of the build may have been done
+            by the other engine. Without `slurm.wait` the dataset is not there yet when this returns.
 
     Raises:
         BadInput: source, options, a row (`on_error="fail"`) or the folder is wrong. Complete shards are kept.
@@ -127,7 +139,9 @@ def build_dataset(
         allowed=tuple(_allowed_folder(folder) for folder in allow),
         seed=seed,
     )
-    build = _Build(opened, name, shard_size, on_error == "skip", workers)
+    if slurm is not None:
+        slurm.check()
+    build = _Build(opened, name, shard_size, on_error == "skip", workers, slurm)
     with Progress(f"building {out}", "samples", quiet=not progress) as shown:
         try:
             build.into(BuildFolder(Path(out)), shown)
@@ -151,6 +165,7 @@ class _Build:
     shard_size: int
     skip_faults: bool
     workers: int | None
+    slurm: SlurmOptions | None = None
 
     def into(self, folder: BuildFolder, progress: Progress) -> None:
         folder.refuse_other_content()
@@ -161,16 +176,37 @@ class _Build:
                 return
         with folder.locked(progress.say):
             folder.refuse_other_content()
+            jobs = build_array.active_jobs(folder)
+            if jobs and self.slurm is None:
+                raise BadInput(
+                    f"{folder.path}: Slurm's jobs {' '.join(jobs)} build here; wait for them with --engine slurm, "
+                    "or cancel them"
+                )
             try:
-                plan = self._plan(folder.plan_file)
-                if folder.is_finished() and self._is_done(folder, plan, progress):
+                plan = self._plan(folder.new_plan_file)
+                if not jobs and folder.is_finished() and self._is_done(folder, plan, progress):
                     folder.remove_work()
                     return
                 folder.claim(plan.sha256, self._record(plan))
-                self._make_shards(folder, plan, progress)
+                folder.keep_plan()
+                for note in plan.notes:
+                    progress.say(f"note: {note}")
+                if self.slurm is None:
+                    self._make_shards(folder, plan, progress)
+                    return
+                if jobs:
+                    progress.say(f"{folder.path}: Slurm's jobs {' '.join(jobs)} are at work here already")
+                    if self.slurm.dry_run:
+                        return
+                elif not self._submit(folder, plan, self.slurm, progress):
+                    return
             except BaseException:
-                folder.remove_half_written()
+                if not jobs:
+                    folder.remove_half_written()
                 raise
+        build_array.follow(
+            folder, plan, functools.partial(finish_build, self, plan, folder.path), self.slurm.wait, progress
+        )
 
     def _plan(self, file: Path | None) -> Plan:
         return make_plan(
@@ -200,9 +236,10 @@ class _Build:
         progress.say(f"{folder.path}: already built ({len(dataset)} samples, {len(dataset.shards)} shards)")
         return True
 
-    def _make_shards(self, folder: BuildFolder, plan: Plan, progress: Progress) -> None:
-        for note in plan.notes:
-            progress.say(f"note: {note}")
+    def _left(
+        self, folder: BuildFolder, plan: Plan, progress: Progress
+    ) -> tuple[dict[str, ShardEntry], list[ShardTask]]:
+        """The shards that are complete, by path, and the tasks that are left."""
         entries: dict[str, ShardEntry] = {}
         tasks: list[ShardTask] = []
         for number in range(len(plan.shard_sizes)):
@@ -216,6 +253,21 @@ class _Build:
                 tasks.append(ShardTask(folder.path, path, number, folder.plan_file, faults_file))
         if entries:
             progress.say(f"{folder.path}: {len(entries)} of {len(plan.shard_sizes)} shards are there already")
+        return entries, tasks
+
+    def _submit(self, folder: BuildFolder, plan: Plan, options: SlurmOptions, progress: Progress) -> bool:
+        """Submit what is left. False when there is nothing to follow: all is done, or it was a dry run."""
+        entries, tasks = self._left(BuildFolder(folder.path.resolve()), plan, progress)
+        if not tasks:
+            self._finish(folder, plan, [entries[path] for path in sorted(entries)], progress)
+            return False
+        builder = ShardBuilder(self.source, self.skip_faults)
+        finish = functools.partial(_finish_after_array, self, plan, folder.path.resolve())
+        build_array.submit(folder, builder, tasks, finish, options, self._dataset_name, progress)
+        return not options.dry_run
+
+    def _make_shards(self, folder: BuildFolder, plan: Plan, progress: Progress) -> None:
+        entries, tasks = self._left(folder, plan, progress)
         num_left = sum(plan.shard_sizes[task.number] for task in tasks)
         progress.start(plan.num_rows, plan.num_rows - num_left)
         builder = ShardBuilder(self.source, self.skip_faults)
@@ -223,8 +275,6 @@ class _Build:
         try:
             for task, entry in local.run(builder, tasks, workers, progress.advance):
                 entries[task.path] = entry
-        except RowFault as fault:
-            raise fault.as_bad_input(self.source.label) from fault
         except local.WorkerDied as error:
             raise BadInput(f"{folder.path}: {error}; run it again: complete shards are kept") from error
         shards = [entries[path] for path in sorted(entries)]
@@ -241,7 +291,34 @@ class _Build:
         folder.write_quarantine([fault.line for fault in faults])
         write_dataset(folder.path, self._dataset_name, kept)
         folder.remove_work()
-        total = sum(shard.num_samples for shard in kept)
-        bad_rows = "1 bad row is" if len(faults) == 1 else f"{len(faults)} bad rows are"
-        left_out = f"; {bad_rows} in {folder.path / 'quarantine.jsonl'}" if faults else ""
-        progress.say(f"{folder.path}: {total} samples in {len(kept)} shards{left_out}")
+        _say_result(folder.path, progress)
+
+
+def finish_build(build: _Build, plan: Plan, path: Path, progress: Progress) -> list[str]:
+    """End a build that others did the work of, unless it is ended; returns the paths of shards that are missing."""
+    folder = BuildFolder(path)
+    with folder.locked(progress.say):
+        if not folder.plan_file.exists():
+            folder.remove_work()
+            _say_result(folder.path, progress)
+            return []
+        found = {path: folder.complete_shard(path) for path in map(plan.shard_path, range(len(plan.shard_sizes)))}
+        entries = [entry for entry in found.values() if entry is not None]
+        if len(entries) == len(found):
+            build._finish(folder, plan, entries, progress)
+    return [path for path, entry in found.items() if entry is None]
+
+
+def _finish_after_array(build: _Build, plan: Plan, path: Path) -> str | None:
+    with Progress("", "", quiet=True) as quiet:
+        missing = finish_build(build, plan, path, quiet)
+    return f"{path}: {len(missing)} shards are not built ({missing[0]}, ...)" if missing else None
+
+
+def _say_result(path: Path, progress: Progress) -> None:
+    dataset = open_dataset(path)
+    quarantine = path / "quarantine.jsonl"
+    num_bad = len(quarantine.read_bytes().splitlines()) if quarantine.is_file() else 0
+    bad_rows = "1 bad row is" if num_bad == 1 else f"{num_bad} bad rows are"
+    left_out = f"; {bad_rows} in {quarantine}" if num_bad else ""
+    progress.say(f"{path}: {len(dataset)} samples in {len(dataset.shards)} shards{left_out}")

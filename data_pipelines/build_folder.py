@@ -36,6 +36,7 @@ class BuildFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.plan_file = path / _WORK / "plan.parquet"
+        self.new_plan_file = path / _WORK / "plan-new.parquet"
         self._was_there = path.exists()
         self._work_was_there = (path / _WORK).exists()
         self._is_claimed = False
@@ -113,6 +114,14 @@ class BuildFolder:
                 file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
         self._is_claimed = True
 
+    def keep_plan(self) -> None:
+        """Put the new plan, once it is known to be this build's, in the place of the one that jobs may be reading."""
+        os.replace(self.new_plan_file, self.plan_file)
+
+    def has_index(self, path: str) -> bool:
+        """Whether a shard looks complete, by one look at a name."""
+        return (self.path / index_path(path)).exists()
+
     def complete_shard(self, path: str) -> ShardEntry | None:
         """The entry for dataset.json of a shard that is whole, else None."""
         file = index_path(path)
@@ -154,14 +163,15 @@ class BuildFolder:
 
     def remove_work(self) -> None:
         """Remove everything hidden, after a success. Call with the lock held."""
-        self._remove_temporary()
+        self.remove_temporary()
         shutil.rmtree(self.path / _WORK, ignore_errors=True)
 
     def remove_half_written(self) -> None:
         """After a failure, keep complete shards and what goes with them; without any, leave nothing."""
         self.plan_file.unlink(missing_ok=True)
+        self.new_plan_file.unlink(missing_ok=True)
         if self._is_claimed:
-            self._remove_temporary()
+            self.remove_temporary()
             if any((self.path / "index").glob("*.arrow")) or self.is_finished():
                 return
             for name in ("shards", "index"):
@@ -172,7 +182,8 @@ class BuildFolder:
         if not self._was_there and not any(self.path.iterdir()):
             self.path.rmdir()
 
-    def _remove_temporary(self) -> None:
+    def remove_temporary(self) -> None:
+        """Remove half-written files. Call when nothing writes here."""
         for folder in (self.path, self.path / "shards", self.path / "index"):
             for file in folder.glob(".tmp-*"):
                 file.unlink(missing_ok=True)

@@ -21,6 +21,13 @@ app = typer.Typer(
 )
 
 
+class Engine(StrEnum):
+    """Where shards are built."""
+
+    local = "local"
+    slurm = "slurm"
+
+
 class OnError(StrEnum):
     """What a bad row does to a build."""
 
@@ -37,7 +44,10 @@ _BUILD_EXAMPLES = """Examples:
   triptych data build photos/manifest.csv --out datasets/photos --split train
   triptych data build rows.parquet --out datasets/rows --column image=img_path
   triptych data build digits --split train --out datasets/digits
+  triptych data build rows.parquet --out datasets/rows --engine slurm --partition cpu --tasks 200 --throttle 50
 """
+
+_ON_SLURM = "With --engine slurm"
 
 
 @app.command(epilog=_BUILD_EXAMPLES)
@@ -70,6 +80,27 @@ def build(
     ] = OnError.fail,
     name: Annotated[str | None, typer.Option(help="Name of the dataset and of its shards.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the embedded source.")] = 0,
+    engine: Annotated[
+        Engine, typer.Option(help="Build in processes of this machine, or as an array of Slurm jobs.")
+    ] = Engine.local,
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
+    time: Annotated[str | None, typer.Option(help="Slurm: limit of an array task, which goes on after it.")] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Slurm: cores, and so processes, of an array task; default 1.")
+    ] = None,
+    mem: Annotated[str | None, typer.Option(help="Slurm: memory of an array task, as sbatch's --mem.")] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Slurm: array tasks at most; default 100.")] = None,
+    throttle: Annotated[int | None, typer.Option(min=1, help="Slurm: array tasks at a time at most.")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Slurm: any other option of sbatch; export=NAMES lets variables through. May be repeated.",
+        ),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Slurm: wait until it is built.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Slurm: plan, show the job, submit nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Build a dataset folder from raw files.
@@ -77,6 +108,24 @@ def build(
     A build that was stopped goes on where it was; one that is done is left as it is.
     """
     from data_pipelines.build import build_dataset
+    from data_pipelines.engines.slurm import SlurmOptions
+
+    slurm = SlurmOptions(
+        partition=partition,
+        account=account,
+        time=time,
+        cpus=cpus or 1,
+        mem=mem,
+        tasks=tasks,
+        throttle=throttle,
+        sbatch=_parse_sbatch(sbatch or []),
+        wait=wait,
+        dry_run=dry_run,
+    )
+    if engine is Engine.slurm and workers is not None:
+        raise BadInput("--workers is for --engine local; on Slurm give --tasks and --cpus")
+    if engine is Engine.local and (cpus is not None or slurm != SlurmOptions()):
+        raise BadInput("options of Slurm (--partition, --time, --cpus, --tasks, ...) need --engine slurm")
 
     folder = build_dataset(
         source,
@@ -89,9 +138,10 @@ def build(
         on_error=on_error.value,
         name=name,
         seed=seed,
+        slurm=slurm if engine is Engine.slurm else None,
     )
     if as_json:
-        _print_json(_summary(folder))
+        _print_json(_submitted(folder) or _summary(folder))
 
 
 @app.command(epilog="Example:  triptych data index /data/cc12m")
@@ -144,6 +194,24 @@ def _parse_columns(options: list[str]) -> dict[str, str]:
             raise BadInput(f"--column {option}: {ours!r} was given {columns[ours]!r} already")
         columns[ours] = theirs
     return columns
+
+
+def _parse_sbatch(options: list[str]) -> dict[str, str]:
+    parsed: dict[str, str] = {}
+    for option in options:
+        name, _, value = option.removeprefix("--").partition("=")
+        if name in parsed:
+            raise BadInput(f"--sbatch {option}: {name!r} was given {parsed[name]!r} already")
+        parsed[name] = value
+    return parsed
+
+
+def _submitted(folder: Path) -> dict[str, Any] | None:
+    """The jobs of a build that is on its way, None when it is done."""
+    from data_pipelines.engines.slurm import last_submission
+
+    submission = last_submission(folder)
+    return None if submission is None else {"path": str(folder), "jobs": [int(job) for job in submission.jobs]}
 
 
 def _summary(folder: Path) -> dict[str, Any]:

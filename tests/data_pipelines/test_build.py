@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def manifest(tmp_path: Path, records: list[Record]) -> Path:
 
 @pytest.fixture
 def long_manifest(tmp_path: Path) -> Path:
-    """So many shards that a signal after the first one comes long before the last."""
+    """So many shards that a signal after the first ones comes long before the last."""
     return write_csv(tmp_path / "raw" / "manifest.csv", write_files(tmp_path / "raw", 1000))
 
 
@@ -173,19 +174,27 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, long_manifest: Path, workers: int) -> None:
+def test_a_build_killed_at_a_random_moment_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, long_manifest: Path, workers: int
+) -> None:
     whole = contents(build(long_manifest, tmp_path / "whole"))
     out = tmp_path / "out"
+    moment = random.randrange(8), random.uniform(0, 0.2)
+    print("killed after shard, and seconds later:", *moment)
     process = start_build(long_manifest, out, workers=workers)
     try:
-        wait_for(out / "index" / "manifest-000000.arrow")
+        wait_for(out / "index" / f"manifest-{moment[0]:06d}.arrow")
+        time.sleep(moment[1])
     finally:
         process.kill()
         process.communicate(timeout=60)
     assert not (out / "dataset.json").exists()
+    complete = {path: path.stat().st_mtime_ns for path in (out / "index").glob("manifest-*.arrow")}
+    complete |= {tar: tar.stat().st_mtime_ns for path in complete for tar in [out / "shards" / f"{path.stem}.tar"]}
     # At once, while workers of the killed one may still be there.
     build(long_manifest, out, workers=2)
     assert contents(out) == whole
+    assert complete == {path: path.stat().st_mtime_ns for path in complete}, "complete shards were built again"
     assert_clean(out)
 
 

@@ -209,3 +209,22 @@ def test_info_ends_quietly_when_its_reader_goes(tmp_path: Path, manifest: Path) 
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--partition", "cpu"], "need --engine slurm"),
+        (["--cpus", "1"], "need --engine slurm"),
+        (["--no-wait"], "need --engine slurm"),
+        (["--engine", "slurm", "--workers", "2"], "--workers is for --engine local"),
+        (["--engine", "slurm", "--sbatch", "qos=a", "--sbatch", "--qos=b"], "'qos' was given 'a' already"),
+        (["--engine", "slurm", "--sbatch", "array=0-3"], "set by the build itself"),
+    ],
+)
+def test_options_of_the_wrong_engine_are_refused(
+    tmp_path: Path, manifest: Path, options: list[str], message: str
+) -> None:
+    result = run("build", manifest, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 2 and message in result.output
+    assert not (tmp_path / "out").exists()
