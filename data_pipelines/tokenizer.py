@@ -155,7 +155,7 @@ def _texts(datasets: Sequence[Dataset], max_bytes: int) -> Iterator[str]:
         stride = max(1, -(-total // _MOST_TEXTS))
         wanted = np.arange(0, len(dataset), stride, dtype=np.int64)
         for start in range(0, len(wanted), _READ_TEXTS):
-            for raw in dataset.read(wanted[start : start + _READ_TEXTS], ("text",)):
+            for _, raw in dataset.iter_read(wanted[start : start + _READ_TEXTS], ("text",), {"text": max_bytes}):
                 try:
                     text = None if raw.text is None else decode_text(raw.text, max_bytes)
                 except DecodeError:

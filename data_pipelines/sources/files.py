@@ -11,9 +11,9 @@ import os
 import stat
 from pathlib import Path
 
+from data_pipelines.dataset import LIMITS
 from data_pipelines.headers import audio_seconds, image_size
 from data_pipelines.shard import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
-from data_pipelines.tar import MAX_MEMBER_BYTES
 
 _EXTENSIONS = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
 _FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -54,8 +54,8 @@ def read_member(reference: str, modality: str, folder: Path, allowed: tuple[Path
         resolved = path.resolve(strict=True)
     except FileNotFoundError as error:
         raise FileFault("missing", f"{modality} file {path} does not exist") from error
-    except (OSError, RuntimeError) as error:
-        raise FileFault("unreadable", f"{modality} file {path} cannot be reached ({error})") from error
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
+        raise FileFault("unreadable", f"{modality} file {str(path)!r} cannot be reached ({error})") from error
     if not any(resolved.is_relative_to(root) for root in (folder, *allowed)):
         raise FileFault(
             "path",
@@ -77,9 +77,9 @@ def _read_regular(path: Path, modality: str) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileFault("type", f"{modality} file {path} is not a regular file")
-        if status.st_size > MAX_MEMBER_BYTES:
+        if status.st_size > LIMITS[modality]:
             raise FileFault(
-                "size", f"{modality} file {path} has {status.st_size} bytes; the limit is {MAX_MEMBER_BYTES}"
+                "size", f"{modality} file {path} has {status.st_size} bytes; the limit is {LIMITS[modality]}"
             )
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(status.st_size)
