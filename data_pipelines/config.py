@@ -50,7 +50,9 @@ class ImageConfig(Settings):
         3, ge=2, description="pooling x pooling patches become one soft token (transformers' Gemma4 breaks on 1)."
     )
     max_soft_tokens: Literal[70, 140, 280, 560, 1120] = Field(70, description="Most soft tokens one image may take.")
-    max_pixels: PositiveInt = Field(64_000_000, description="An image that declares more is refused unread.")
+    max_pixels: PositiveInt = Field(
+        64_000_000, description="An image that declares more is refused unread; WEBP, CMYK, progressive JPEG: half."
+    )
 
     @model_validator(mode="after")
     def _grid_fits(self) -> ImageConfig:

@@ -148,7 +148,7 @@ IMAGES = [
     Hostile("jpeg behind 5,000 comments", "jpg", lambda: _behind(b"\xff\xfe\0\2" * 5000), "format"),
     Hostile("webp over half the limit", "webp", lambda: saved(Image.new("RGB", (900, 900)), "WEBP"), "size"),
     Hostile("cmyk jpeg over half the limit", "jpg", lambda: cmyk(900, 900), "size"),
-    Hostile("animated gif", "gif", lambda: _animated("GIF"), "empty"),
+    Hostile("animated gif, whose extension nobody reads", "gif", lambda: _animated("GIF")),
     Hostile("animated gif called png", "png", lambda: _animated("GIF"), "format"),
     Hostile("postscript called jpg", "jpg", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n(id) run\n", "format"),
     Hostile("svg called png", "png", lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "format"),
@@ -292,7 +292,10 @@ def pickled_members(witness: Path) -> dict[str, bytes]:
 def entry(
     name: str | bytes, data: bytes = b"", kind: bytes = b"0", size: bytes | None = None, **fields: bytes
 ) -> bytes:
-    """One ustar header with a sound checksum, and its data. `size` is the size field as it stands there."""
+    """One ustar header with a sound checksum, and its data.
+
+    `size` is the size field as it stands there, `at257=b"..."` what stands at byte 257.
+    """
     header = bytearray(BLOCK)
 
     def put(place: int, value: bytes) -> None:

@@ -45,7 +45,7 @@ def config_of(folder: Path, samples: int, **data: Any) -> Config:
     } | data
     return Config(
         run=RunConfig(dir=str(folder.parent / f"run-{folder.name}"), seed=3),
-        train=TrainConfig(max_steps=max(1, samples // BATCH), warmup_steps=0),
+        train=TrainConfig(max_steps=-(-samples // BATCH), warmup_steps=0),
         data=DataConfig(train=str(folder), **values),
     )
 
@@ -65,7 +65,9 @@ class Corpus:
         twin_dataset, _ = index_folder(folder / "twin")
         assert len(self.dataset) == len(twin_dataset) == len(self.keys)
         config, twin_config = config_of(folder / "corpus", len(self.keys)), config_of(folder / "twin", len(self.keys))
+        started = time.process_time()
         self.batches = list(build_loader(config, 0, 1))
+        self.cpu_seconds = time.process_time() - started
         self.twin_batches = list(build_loader(twin_config, 0, 1))
         self.lines = {line["key"]: line for line in lines_of(Path(config.run.dir) / "quarantine.jsonl")}
 
@@ -96,9 +98,14 @@ def test_member(corpus: Corpus, case: Hostile) -> None:
     assert "\n" not in line["detail"] and len(line["detail"]) < 300
 
 
+def test_no_member_is_a_slow_way_to_nowhere(corpus: Corpus) -> None:
+    assert corpus.cpu_seconds < 60, "all of them together; most take milliseconds"
+
+
 def test_hostile_members_never_shift_the_order(corpus: Corpus) -> None:
     assert [batch["keys"] for batch in corpus.batches] == [batch["keys"] for batch in corpus.twin_batches]
-    assert sorted(key for batch in corpus.batches for key in batch["keys"]) == sorted(corpus.keys)[: len(corpus.keys)]
+    in_order = [key for batch in corpus.batches for key in batch["keys"]]
+    assert sorted(in_order[: len(corpus.keys)]) == sorted(corpus.keys), "each once an epoch"
     for batch, twin in zip(corpus.batches, corpus.twin_batches, strict=True):
         good = torch.tensor([key.startswith("good") for key in batch["keys"]])
         assert bool((batch["weight"][good] == 1).all())
@@ -339,9 +346,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, list[
     blocks, headers, position = [], [], 0
     for number, (name, data) in enumerate(parts.items()):
         headers.append(position)
-        blocks.append(
-            hostile.long_name(name) if number % 3 == 1 else hostile.pax(path=name) if number % 3 == 2 else b""
-        )
+        blocks.append((b"", hostile.long_name(name), hostile.pax(path=name))[number % 3])
         blocks.append(hostile.entry(name, data))
         position += len(blocks[-1]) + len(blocks[-2])
     return folder, b"".join(blocks) + hostile.END, headers
