@@ -98,6 +98,9 @@ def decode_metadata(data: bytes, max_bytes: int) -> dict[str, Any]:
         raise DecodeError("size", f"metadata of {len(data)} bytes, more than {max_bytes}")
     try:
         value = json.loads(data.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_finite)
+        if b"\\ud" in data or b"\\uD" in data:
+            # Half of a surrogate pair could be neither printed nor written again.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise DecodeError("json", f"metadata is not JSON ({error})") from error
     if not isinstance(value, dict):

@@ -42,6 +42,8 @@ _SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 _MOST_TEXTS = 1_000_000
 _ORIGIN_FILE = "triptych_origin.json"
 _READ_TEXTS = 1024
+# Training takes time in the square of a word's length: a megabyte without a space would hold a run up for an hour.
+_MOST_CHARACTERS = 10_000
 
 
 class _RunConfig(Protocol):
@@ -162,7 +164,7 @@ def _texts(datasets: Sequence[Dataset], max_bytes: int) -> Iterator[str]:
                     # The loader quarantines it, with a line; here it has nothing to teach.
                     continue
                 if text is not None:
-                    yield text
+                    yield text[:_MOST_CHARACTERS]
 
 
 def _store(tokenizer: PreTrainedTokenizerFast, folder: Path, origin: dict[str, object]) -> None:

@@ -36,6 +36,11 @@ def check_reference(reference: str, modality: str) -> str:
         raise FileFault("path", f"{modality} path {reference!r} contains '..', which is refused")
     if "\0" in reference:
         raise FileFault("path", f"{modality} path {reference!r} contains a NUL")
+    try:
+        reference.encode("utf-8")
+    except UnicodeEncodeError as error:
+        detail = f"{modality} path {reference!r} contains half of a surrogate pair, which UTF-8 cannot hold"
+        raise FileFault("path", detail) from error
     extension = Path(reference).suffix.lower().removeprefix(".")
     if extension not in _EXTENSIONS[modality]:
         kinds = ", ".join(f".{known}" for known in _EXTENSIONS[modality])
@@ -54,8 +59,8 @@ def read_member(reference: str, modality: str, folder: Path, allowed: tuple[Path
         resolved = path.resolve(strict=True)
     except FileNotFoundError as error:
         raise FileFault("missing", f"{modality} file {path} does not exist") from error
-    except (OSError, RuntimeError, UnicodeEncodeError) as error:
-        raise FileFault("unreadable", f"{modality} file {str(path)!r} cannot be reached ({error})") from error
+    except (OSError, RuntimeError) as error:
+        raise FileFault("unreadable", f"{modality} file {path} cannot be reached ({error})") from error
     if not any(resolved.is_relative_to(root) for root in (folder, *allowed)):
         raise FileFault(
             "path",

@@ -36,10 +36,8 @@ def largest_members() -> dict[str, Callable[[], bytes]]:
     return {
         "gray16.png": lambda: blank_png(MOST, MOST, depth=16, colour=0),
         "transparent.png": lambda: blank_png(MOST, MOST, colour=6),
-        "palette.png": lambda: blank_png(MOST, MOST, colour=3),
         "rotated.png": lambda: blank_png(MOST, MOST, extra=exif),
         "wide.png": lambda: blank_png(65_535, 976),
-        "tall.png": lambda: blank_png(976, 65_535),
         "colour.webp": lambda: hostile.saved(Image.new("RGBA", (HALF, HALF), (9, 9, 9, 9)), "WEBP", lossless=True),
         "inks.jpg": lambda: hostile.cmyk(HALF, HALF, progressive=True, subsampling=0),
         "noise.png": lambda: os.urandom(MAX_IMAGE_BYTES),
@@ -47,7 +45,7 @@ def largest_members() -> dict[str, Callable[[], bytes]]:
     }
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_the_reader_stays_under_one_gib_through_the_whole_corpus(tmp_path: Path) -> None:
     corpus_tar(tmp_path / "corpus.tar", MEMBERS)
     good = hostile.GOOD_BEFORE
@@ -65,7 +63,7 @@ def test_the_reader_stays_under_one_gib_through_the_whole_corpus(tmp_path: Path)
         [sys.executable, "-m", "tests.data_pipelines.peak_memory", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -111,7 +109,7 @@ def ten_epochs(folder: Path, run: Path, workers: int = 0, kind: str = "process")
         [sys.executable, "-c", EPOCHS, str(folder), str(run), str(workers), kind],
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return [(resident, files) for resident, files in json.loads(done.stdout)]
@@ -125,7 +123,7 @@ def assert_flat(epochs: list[tuple[int, int]], data_bytes: int) -> None:
     assert growth < max(8 << 20, min(32 << 20, 9 * data_bytes // 3)), [n >> 10 for n in resident]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(1000)
 def test_ten_epochs_are_flat(make_dataset: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_dataset(sizes=(64, 64, 64, 64), sample=tuple_sample)
     assert_flat(ten_epochs(folder, tmp_path / "run"), sum(f.stat().st_size for f in (folder / "shards").iterdir()))
