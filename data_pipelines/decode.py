@@ -29,7 +29,7 @@ from data_pipelines.config import AudioConfig, ImageConfig
 from data_pipelines.headers import image_size, jpeg_scans, png_chunks
 
 MAX_IMAGE_BYTES = 64 << 20
-MAX_AUDIO_BYTES = 128 << 20
+MAX_AUDIO_BYTES = 64 << 20
 # JPEG's own limit. A resize holds 32 bytes for each pixel of a side, so a line of 64 million would take 2 GB.
 MAX_SIDE = 65_535
 # Writers use about ten. A scan of a few bytes may cost as much as the whole picture.
