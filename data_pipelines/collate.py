@@ -7,7 +7,7 @@ becomes a placeholder of weight 0 in its place, so that the order of the others 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,8 @@ import numpy.typing as npt
 
 from data_pipelines import augment
 from data_pipelines.config import AugmentConfig, DataConfig
-from data_pipelines.dataset import MAX_METADATA_BYTES, RawSample
+from data_pipelines.dataset import LIMITS, MAX_METADATA_BYTES, RawSample
 from data_pipelines.decode import (
-    MAX_AUDIO_BYTES,
-    MAX_IMAGE_BYTES,
     DecodeError,
     decode_metadata,
     decode_text,
@@ -78,29 +76,35 @@ class Collator:
         keep = math.sqrt(augmentation.image_crop) if self._augments_image and augmentation is not None else 1.0
         draft = config.image.draft and side is not None
         self._enough = (math.ceil(2 * side / keep),) * 2 if draft and side is not None else None
-        self.limits = {
-            "image": MAX_IMAGE_BYTES,
-            "audio": MAX_AUDIO_BYTES,
-            "text": config.text.max_bytes,
-            "json": MAX_METADATA_BYTES,
-        }
+        self.limits = {**LIMITS, "text": config.text.max_bytes}
 
     def __call__(self, samples: Sequence[RawSample], seeds: Sequence[int], folders: Sequence[str]) -> Collated:
         """Collate; `folders` are the samples' dataset folders, for the lines about bad ones."""
-        decoded: list[_Decoded] = []
+        return self.collate(enumerate(samples), seeds, folders)
+
+    def collate(
+        self, samples: Iterable[tuple[int, RawSample]], seeds: Sequence[int], folders: Sequence[str]
+    ) -> Collated:
+        """Collate samples that come one by one in any order as (place in the batch, sample): each place once.
+
+        What a sample's bytes took is free again before the next one comes.
+        """
+        decoded = [_Decoded()] * len(seeds)
+        keys = [""] * len(seeds)
         bad: dict[int, Quarantined] = {}
-        for place, (raw, seed, folder) in enumerate(zip(samples, seeds, folders, strict=True)):
+        for place, raw in samples:
+            keys[place] = raw.key
             try:
-                decoded.append(self._decode(raw, seed))
+                decoded[place] = self._decode(raw, seeds[place])
             except _BadMember as error:
-                decoded.append(_Decoded())
                 bad[place] = Quarantined(
-                    f"{folder}/{raw.shard}", raw.key, error.member, error.fault.reason, error.fault.detail
+                    f"{folders[place]}/{raw.shard}", raw.key, error.member, error.fault.reason, error.fault.detail
                 )
+            del raw
         arrays = self._stack(decoded)
-        arrays["weight"] = np.ones(len(samples), dtype=np.float32)
+        arrays["weight"] = np.ones(len(seeds), dtype=np.float32)
         arrays["weight"][list(bad)] = 0
-        return Collated(arrays, [raw.key for raw in samples], bad)
+        return Collated(arrays, keys, dict(sorted(bad.items())))
 
     def _decode(self, raw: RawSample, seed: int) -> _Decoded:
         result = _Decoded()

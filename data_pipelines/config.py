@@ -55,7 +55,9 @@ class ImageConfig(Settings):
         False,
         description="Decode JPEGs of at least four times `size` a side at half size or less: faster, nearly the same.",
     )
-    max_pixels: PositiveInt = Field(64_000_000, description="An image that declares more is refused unread.")
+    max_pixels: PositiveInt = Field(
+        64_000_000, description="An image that declares more is refused unread; WEBP, CMYK, progressive JPEG: half."
+    )
 
     @model_validator(mode="after")
     def _grid_fits(self) -> ImageConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipelines.atomic import atomic_file
-from data_pipelines.decode import decode_metadata, decode_text
+from data_pipelines.decode import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, DecodeError, decode_metadata, decode_text
 from data_pipelines.errors import BadInput
 from data_pipelines.index import FORMAT_VERSION, MEMBERS, MODALITIES, Quarantined, ShardIndex, index_shard
 from data_pipelines.shard import (
@@ -33,8 +33,16 @@ from data_pipelines.shard import (
 
 MAX_TEXT_BYTES = 1_000_000
 MAX_METADATA_BYTES = 1_000_000
+LIMITS = {
+    "image": MAX_IMAGE_BYTES,
+    "audio": MAX_AUDIO_BYTES,
+    "text": MAX_TEXT_BYTES,
+    "json": MAX_METADATA_BYTES,
+}
+"""Most bytes of a member that is read."""
 # Each open shard holds one descriptor and one mapping; the usual soft limit is 1,024 descriptors.
 _OPEN_SHARDS = 256
+_MOST_AT_ONCE = 1 << 20
 
 IntArray = npt.NDArray[np.int64]
 
@@ -315,11 +323,17 @@ class Dataset:
         Members that are not asked for are None. A sample with a member of more than `limits[member]` bytes is not read:
         it says so in `too_large`. Raises `BadInput` when a tar is gone or not the one that was indexed.
         """
+        found = dict(self.iter_read(ids, members, limits))
+        return [found[place] for place in range(len(found))]
+
+    def iter_read(
+        self, ids: npt.ArrayLike, members: Sequence[str] = MEMBERS, limits: Mapping[str, int] | None = None
+    ) -> Iterator[tuple[int, RawSample]]:
+        """What `read` returns, one by one as (place in `ids`, sample): one sample's bytes are held at a time."""
         shards, rows = self.locate(ids)
-        samples: list[RawSample | None] = [None] * len(rows)
         for place in np.lexsort((rows, shards)).tolist():
-            samples[place] = self._read_row(self._shard(int(shards[place])), int(rows[place]), members, limits or {})
-        return [sample for sample in samples if sample is not None]
+            shard = self._shard(int(shards[place]))
+            yield place, self._read_row(shard, int(rows[place]), members, limits or {})
 
     def _read_row(self, shard: _OpenShard, row: int, members: Sequence[str], limits: Mapping[str, int]) -> RawSample:
         index = shard.index
@@ -330,8 +344,9 @@ class Dataset:
         if there and too_large is None:
             first = min(offset for offset, _ in there.values())
             length = max(offset + size for offset, size in there.values()) - first
-            # Members lie side by side, so one read takes the sample; not so where a large one is left out between.
-            if length <= sum(size for _, size in there.values()) + 8192:
+            # Members lie side by side, so one read takes the sample; not so where a large one is left out between. The
+            # bytes are held twice then, which a large sample must not cost.
+            if length <= min(sum(size for _, size in there.values()) + 8192, _MOST_AT_ONCE):
                 block = shard.reader.read(first, length)
                 data = {name: block[offset - first : offset - first + size] for name, (offset, size) in there.items()}
             else:
@@ -349,8 +364,11 @@ class Dataset:
         )
 
     def __getitem__(self, position: int) -> Sample:
-        """Sample `position`, negative from the end. Raises IndexError, and `DecodeError` for bad text or JSON."""
-        raw = self.read([self._position(position)])[0]
+        """Sample `position`, negative from the end.
+
+        Raises IndexError, and `DecodeError` for a text or JSON that is bad and for a member above `LIMITS`.
+        """
+        raw = self._read_whole(position, MEMBERS)
         return Sample(
             key=raw.key,
             image=raw.image,
@@ -362,9 +380,15 @@ class Dataset:
         )
 
     def metadata(self, position: int) -> dict[str, Any]:
-        """Metadata of one sample, empty when it has none; image and sound are not read."""
-        raw = self.read([self._position(position)], ("json",))[0]
+        """Metadata of one sample, empty when it has none; image and sound are not read. Raises `DecodeError`."""
+        raw = self._read_whole(position, ("json",))
         return {} if raw.json is None else decode_metadata(raw.json, MAX_METADATA_BYTES)
+
+    def _read_whole(self, position: int, members: Sequence[str]) -> RawSample:
+        raw = self.read([self._position(position)], members, LIMITS)[0]
+        if raw.too_large is not None:
+            raise DecodeError("size", f"{raw.key}: the {raw.too_large} has more than {LIMITS[raw.too_large]} bytes")
+        return raw
 
     def _position(self, position: int) -> int:
         wanted = position + len(self) if position < 0 else position

@@ -26,13 +26,21 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from data_pipelines.config import AudioConfig, ImageConfig
-from data_pipelines.headers import image_size
+from data_pipelines.headers import image_size, jpeg_scans, png_chunks
 
-MAX_IMAGE_BYTES = 1 << 28
-MAX_AUDIO_BYTES = 1 << 30
+MAX_IMAGE_BYTES = 64 << 20
+MAX_AUDIO_BYTES = 64 << 20
+# JPEG's own limit. A resize holds 32 bytes for each pixel of a side, so a line of 64 million would take 2 GB.
+MAX_SIDE = 65_535
+# Writers use about ten. A scan of a few bytes may cost as much as the whole picture.
+_MAX_JPEG_SCANS = 100
+# Chunks are read one by one in Python: short ones are a slow way to nowhere.
+_FREE_CHUNKS, _BYTES_A_CHUNK = 1000, 512
+_STRIP_PIXELS = 1 << 20
 MAX_CHANNELS = 32
 MIN_RATE, MAX_RATE = 1_000, 768_000
 _READ_FRAMES = 1 << 19
+_LOUDEST = np.float32(32_768)
 
 # Opened by class: Image.open would try every plugin, and warn about sizes that our own, stricter limit has passed.
 _OPENERS: dict[str, type[ImageFile.ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": WebPImageFile}
@@ -82,11 +90,17 @@ def decode_text(data: bytes, max_bytes: int) -> str | None:
 
 
 def decode_metadata(data: bytes, max_bytes: int) -> dict[str, Any]:
-    """A JSON object. Raises `DecodeError` for anything else and for more than `max_bytes`."""
+    """A JSON object; NaN and infinities, which JSON does not know, become None.
+
+    Raises `DecodeError` for anything else and for more than `max_bytes`.
+    """
     if len(data) > max_bytes:
         raise DecodeError("size", f"metadata of {len(data)} bytes, more than {max_bytes}")
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_finite)
+        if b"\\ud" in data or b"\\uD" in data:
+            # Half of a surrogate pair could be neither printed nor written again.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise DecodeError("json", f"metadata is not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -94,13 +108,23 @@ def decode_metadata(data: bytes, max_bytes: int) -> dict[str, Any]:
     return value
 
 
+def _no_number(_: str) -> None:
+    return None
+
+
+def _finite(digits: str) -> float | None:
+    value = float(digits)
+    return value if math.isfinite(value) else None
+
+
 def load_image(data: bytes, max_pixels: int, enough: tuple[int, int] | None = None) -> Image.Image:
     """A JPEG, PNG or WEBP as an upright RGB image; the first frame of an animation.
 
     With `enough` (width, height) a JPEG may come out at 1/2, 1/4 or 1/8 of its size, as long as no side is smaller than
     that whichever way up it is: the smaller picture comes straight out of its DCT blocks. EXIF orientation is applied,
-    16-bit gray is scaled to 8 bits, transparency is laid over white. Raises `DecodeError`
-    for other formats, for more than `max_pixels`, and for bytes that do not decode.
+    16-bit gray is scaled to 8 bits, transparency is laid over white. Raises `DecodeError` for other formats, for more
+    than `max_pixels`, and for bytes that do not decode. WEBP, CMYK and JPEGs of several scans may have half of
+    `max_pixels`: their decoders hold twice as much.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise DecodeError("size", f"an image of {len(data)} bytes, more than {MAX_IMAGE_BYTES}")
@@ -108,14 +132,22 @@ def load_image(data: bytes, max_pixels: int, enough: tuple[int, int] | None = No
     if header is None:
         raise DecodeError("format", f"not a JPEG, PNG or WEBP (begins with {data[:8]!r})")
     kind, width, height = header
-    _check_pixels(width, height, max_pixels)
+    _check_pixels(width, height, max_pixels // 2 if kind == "WEBP" else max_pixels)
+    chunks = _FREE_CHUNKS + len(data) // _BYTES_A_CHUNK
+    if kind == "PNG" and png_chunks(data, chunks) > chunks:
+        raise DecodeError("size", f"a PNG of more than {chunks} chunks")
+    if kind == "JPEG" and not jpeg_scans(data, 0):
+        raise DecodeError("decode", "a JPEG without a picture, or behind too many segments")
     try:
         image: Image.Image = _OPENERS[kind](io.BytesIO(data))
         _check_pixels(*image.size, max_pixels)
+        if kind == "JPEG":
+            _check_scans(data, image, max_pixels)
         if enough is not None and isinstance(image, JpegImageFile):
             image.draft(None, (max(enough), max(enough)))
         image.load()
-        return _to_rgb(_turn_upright(image))
+        image = _turn_upright(image)
+        return _to_rgb(image)
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - decoders of foreign bytes raise anything
@@ -125,6 +157,21 @@ def load_image(data: bytes, max_pixels: int, enough: tuple[int, int] | None = No
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1 or width * height > max_pixels:
         raise DecodeError("size", f"an image of {width} x {height} pixels, more than {max_pixels} or none")
+    if max(width, height) > MAX_SIDE:
+        raise DecodeError("size", f"an image of {width} x {height} pixels, with a side of more than {MAX_SIDE}")
+
+
+def _check_scans(data: bytes, image: Image.Image, max_pixels: int) -> None:
+    progressive, large = "progressive" in image.info, image.width * image.height > max_pixels // 2
+    if large and image.mode == "CMYK":
+        _check_pixels(*image.size, max_pixels // 2)
+    if not progressive and not large:
+        return
+    scans = jpeg_scans(data, _MAX_JPEG_SCANS)
+    if scans > _MAX_JPEG_SCANS:
+        raise DecodeError("size", f"a JPEG of more than {_MAX_JPEG_SCANS} scans")
+    if scans > 1 and large:
+        _check_pixels(*image.size, max_pixels // 2)
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -141,6 +188,18 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    rows = max(1, _STRIP_PIXELS // image.width)
+    if image.height <= rows:
+        return _strip_to_rgb(image)
+    # Strip by strip: each step of a conversion would hold the whole picture again.
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        whole.paste(_strip_to_rgb(strip), (0, top))
+    return whole
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits at 255.
         wide = np.clip(np.asarray(image).astype(np.int64), 0, 65_535)
@@ -230,6 +289,8 @@ def load_audio(data: bytes, config: AudioConfig) -> npt.NDArray[np.float32]:
         raise DecodeError("empty", "a sound of no samples")
     if not np.isfinite(wave).all():
         raise DecodeError("decode", "a sound with values that are not finite")
+    # Far beyond any loudness, and far from where the resampler would overflow.
+    np.clip(wave, -_LOUDEST, _LOUDEST, out=wave)
     if rate != config.sampling_rate:
         wave = soxr.resample(wave, rate, config.sampling_rate)
         if not len(wave):

@@ -7,11 +7,19 @@ or a sample is allocated. A header may lie; decoding checks again.
 from __future__ import annotations
 
 import io
+import re
 import struct
+from collections.abc import Iterator
 
 # Start-of-frame markers of JPEG (ITU-T T.81, table B.1): all of C0 to CF but DHT, JPG and DAC.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_WITHOUT_LENGTH = frozenset(range(0xD0, 0xD9)) | {0x01}
+_WITHOUT_LENGTH = frozenset(range(0xD0, 0xD9)) | {0x00, 0x01}
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+# Inside a scan FF is followed by 00 or by a restart marker; anything else ends it.
+_AFTER_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# Each costs a decoder some Python, and four bytes make one.
+_MAX_SEGMENTS = 4096
+_MAX_JUNK_BYTES = 4096
 
 
 def image_size(data: bytes) -> tuple[str, int, int] | None:
@@ -32,21 +40,57 @@ def image_size(data: bytes) -> tuple[str, int, int] | None:
 
 
 def _jpeg_size(data: bytes) -> tuple[str, int, int] | None:
-    position = 2
-    while position + 9 <= len(data):
-        if data[position] != 0xFF:
-            return None
+    for marker, position in _jpeg_segments(data, 2):
+        if marker in _START_OF_FRAME and position + 9 <= len(data):
+            height, width = struct.unpack(">HH", data[position + 5 : position + 9])
+            return "JPEG", width, height
+    return None
+
+
+def _jpeg_segments(data: bytes, position: int) -> Iterator[tuple[int, int]]:
+    """(marker, offset of its FF) from `position` to the first scan, or to what is no JPEG."""
+    for _ in range(_MAX_SEGMENTS):
+        # Readers pass over a little junk between segments.
+        position = data.find(b"\xff", position, position + _MAX_JUNK_BYTES)
+        if position < 0 or position + 4 > len(data):
+            return
         marker = data[position + 1]
         if marker == 0xFF:
             position += 1
-        elif marker in _WITHOUT_LENGTH:
-            position += 2
-        elif marker in _START_OF_FRAME:
-            height, width = struct.unpack(">HH", data[position + 5 : position + 9])
-            return "JPEG", width, height
-        else:
-            position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
-    return None
+            continue
+        yield marker, position
+        if marker in (_START_OF_SCAN, _END_OF_IMAGE):
+            return
+        position += 2
+        if marker not in _WITHOUT_LENGTH:
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+
+
+def jpeg_scans(data: bytes, limit: int) -> int:
+    """Scans of a JPEG, counted up to `limit` + 1; 0 where none is reached. Each may cost as much as a whole picture."""
+    position, count = 2, 0
+    while True:
+        scan = next((at for marker, at in _jpeg_segments(data, position) if marker == _START_OF_SCAN), None)
+        if scan is None:
+            return count
+        count += 1
+        if count > limit:
+            return count
+        following = _AFTER_SCAN.search(data, scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big"))
+        if following is None:
+            return count
+        position = following.start()
+
+
+def png_chunks(data: bytes, limit: int) -> int:
+    """Chunks of a PNG up to its end, counted up to `limit` + 1."""
+    position, count = 8, 0
+    while position + 12 <= len(data) and count <= limit:
+        count += 1
+        if data[position + 4 : position + 8] == b"IEND":
+            break
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return count
 
 
 def _webp_size(data: bytes) -> tuple[str, int, int] | None:
@@ -71,5 +115,5 @@ def audio_seconds(data: bytes) -> float:
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as sound:
             return min(sound.frames / sound.samplerate, 1e9) if sound.samplerate > 0 else 0.0
-    except (soundfile.SoundFileError, RuntimeError, TypeError, OverflowError):
+    except Exception:  # noqa: BLE001 - readers of foreign bytes raise anything; decoding says what is wrong
         return 0.0

@@ -7,6 +7,7 @@ touches. A damaged tar gives up its whole samples; each of the others becomes a 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_pipelines.atomic import atomic_file
+from data_pipelines.decode import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES
 from data_pipelines.errors import BadInput
 from data_pipelines.headers import audio_seconds, image_size
 from data_pipelines.shard import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, split_member_name
@@ -25,6 +27,11 @@ FORMAT_VERSION = 1
 MODALITIES = ("image", "text", "audio")
 MEMBERS = (*MODALITIES, "json")
 _HEAD_BYTES = 1 << 16
+# What the decoders of webdataset, torch and numpy unpickle, by extension; numpy alone says so in a header.
+_PICKLED = frozenset({"pickle", "pkl", "pt", "pth", "pyd"})
+_OBJECT_DTYPE = re.compile(rb"'descr': *'\|O")
+_NPY_HEAD_BYTES = 256
+_MOST_NAMED = 5
 _SCHEMA = pa.schema(
     [pa.field("key", pa.string(), nullable=False)]
     + [pa.field(f"{member}_{what}", pa.int64(), nullable=False) for member in MEMBERS for what in ("offset", "size")]
@@ -127,13 +134,17 @@ class ShardIndex:
         try:
             with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
+            table.validate()
         except FileNotFoundError as error:
             raise BadInput(f"{path}: the index is missing; make it again with `triptych data index`") from error
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise BadInput(f"{path}: not an index ({error}); make it again with `triptych data index`") from error
         if not table.schema.equals(_SCHEMA):
             raise BadInput(f"{path}: an index of another version; make it again with `triptych data index`")
-        return cls(table)
+        try:
+            return cls(table)
+        except (ValueError, IndexError, TypeError) as error:
+            raise BadInput(f"{path}: not an index ({error}); make it again with `triptych data index`") from error
 
 
 @dataclass
@@ -213,17 +224,19 @@ class _Grouper:
         # Writers keep the members of a sample in one order. So a group that ends at a gap is whole if what it ends with
         # always comes last in this tar, and one that begins there if what it begins with always comes first.
         whole = [tuple(g.members) for g in self.groups if g.members and not (g.fault or g.gap_before or g.gap_after)]
+        always = {end: _always_at(end, whole) for end in (0, -1)}
         for group in self.groups:
             names = tuple(group.members)
             for gap, end in ((group.gap_after, -1), (group.gap_before, 0)):
-                if gap is None or (names and _always_at(names[end], end, whole)):
+                if gap is None or (names and names[end] in always[end]):
                     continue
                 group.refuse(gap.name, gap.reason, f"{gap.detail}; the sample beside it may have lost members")
 
 
-def _always_at(extension: str, end: int, whole: list[tuple[str, ...]]) -> bool:
-    places = [names[end] == extension for names in whole if extension in names]
-    return bool(places) and all(places)
+def _always_at(end: int, whole: list[tuple[str, ...]]) -> set[str]:
+    """Extensions that stand first (`end` 0) or last (-1) in every sample that has them."""
+    elsewhere = {name for names in whole for name in (names[1:] if end == 0 else names[:-1])}
+    return {names[end] for names in whole} - elsewhere
 
 
 def index_shard(tar: Path) -> ShardIndex:
@@ -252,18 +265,35 @@ def _build(shard: str, descriptor: int, grouper: _Grouper) -> ShardIndex:
     for group in grouper.groups:
         row = _row(descriptor, group)
         if row is None:
-            group.refuse(None, "empty", f"neither image nor text nor sound among {sorted(group.members)}")
+            group.refuse(None, "empty", f"neither image nor text nor sound among {_named(group.members)}")
         if group.fault is not None or row is None:
             member, reason, detail = group.fault or (None, "empty", "")
             quarantined.append(Quarantined(shard, group.key, member, reason, detail))
             continue
         for name, value in row.items():
             columns[name].append(value)
+        for extension, member in group.members.items():
+            if _holds_pickle(descriptor, extension, member):
+                detail = "may hold a pickle, which runs code when it is read; never opened, the sample stays"
+                quarantined.append(Quarantined(shard, group.key, member.name, "pickle", detail))
     told = {(line.member, line.reason) for line in quarantined}
     for damage in grouper.loose:
         if (damage.name, damage.reason) not in told:
-            quarantined.append(Quarantined(shard, None, damage.name, damage.reason, damage.detail))
+            parts = split_member_name(damage.name) if damage.name is not None else None
+            quarantined.append(Quarantined(shard, parts and parts[0], damage.name, damage.reason, damage.detail))
     return ShardIndex(pa.table(columns, schema=_SCHEMA), tuple(quarantined))
+
+
+def _named(members: dict[str, Member]) -> str:
+    more = f" and {len(members) - _MOST_NAMED} more" if len(members) > _MOST_NAMED else ""
+    return f"{sorted(members)[:_MOST_NAMED]}{more}"
+
+
+def _holds_pickle(descriptor: int, extension: str, member: Member) -> bool:
+    parts = extension.split(".")
+    if not _PICKLED.isdisjoint(parts):
+        return True
+    return "npy" in parts and _OBJECT_DTYPE.search(os.pread(descriptor, _NPY_HEAD_BYTES, member.offset)) is not None
 
 
 def _first(members: dict[str, Member], extensions: tuple[str, ...]) -> tuple[int, Member | None]:
@@ -274,7 +304,10 @@ def _first(members: dict[str, Member], extensions: tuple[str, ...]) -> tuple[int
 
 
 def _row(descriptor: int, group: _Group) -> dict[str, Any] | None:
-    """One row of the index, or None for a group without any of the three modalities."""
+    """One row of the index, or None for a group without any of the three modalities.
+
+    Members above the reader's limits are not looked into: reading such a sample says what is wrong with it.
+    """
     image_extension, image = _first(group.members, IMAGE_EXTENSIONS)
     audio_extension, audio = _first(group.members, AUDIO_EXTENSIONS)
     text, metadata = group.members.get("txt"), group.members.get("json")
@@ -286,10 +319,13 @@ def _row(descriptor: int, group: _Group) -> dict[str, Any] | None:
         row[f"{name}_size"] = -1 if member is None else member.size
     size = None
     if image is not None:
-        size = image_size(os.pread(descriptor, min(image.size, _HEAD_BYTES), image.offset))
-        if size is None and image.size > _HEAD_BYTES:
+        head = os.pread(descriptor, min(image.size, _HEAD_BYTES), image.offset)
+        size = image_size(head)
+        if size is None and head.startswith(b"\xff\xd8") and _HEAD_BYTES < image.size <= MAX_IMAGE_BYTES:
             # Colour profiles and thumbnails may push a JPEG's frame header far back.
             size = image_size(os.pread(descriptor, image.size, image.offset))
     row["width"], row["height"] = (0, 0) if size is None else (min(size[1], 2**31 - 1), min(size[2], 2**31 - 1))
-    row["audio_seconds"] = 0.0 if audio is None else audio_seconds(os.pread(descriptor, audio.size, audio.offset))
+    row["audio_seconds"] = 0.0
+    if audio is not None and audio.size <= MAX_AUDIO_BYTES:
+        row["audio_seconds"] = audio_seconds(os.pread(descriptor, audio.size, audio.offset))
     return row

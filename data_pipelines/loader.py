@@ -98,14 +98,16 @@ class _Reader:
 
     def read(self, source: IntArray, sample: IntArray, seeds: IntArray) -> Collated:
         """Collate the samples with these ids in these datasets, in this order."""
-        raw: list[RawSample | None] = [None] * len(sample)
+        folders = [str(self.datasets[number].path) for number in source.tolist()]
+        return self._collator.collate(self._samples(source, sample), seeds.tolist(), folders)
+
+    def _samples(self, source: IntArray, sample: IntArray) -> Iterator[tuple[int, RawSample]]:
         for number in np.unique(source).tolist():
             places = np.flatnonzero(source == number)
-            found = self.datasets[number].read(sample[places], limits=self._collator.limits)
-            for place, one in zip(places.tolist(), found, strict=True):
-                raw[place] = one
-        folders = [str(self.datasets[number].path) for number in source.tolist()]
-        return self._collator([one for one in raw if one is not None], seeds.tolist(), folders)
+            for place, raw in self.datasets[number].iter_read(sample[places], limits=self._collator.limits):
+                yield int(places[place]), raw
+                # Or this sample's bytes would be held while the next one's are read.
+                del raw
 
 
 def _to_batch(collated: Collated, index: IntArray, seeds: IntArray, **rest: Any) -> Batch:

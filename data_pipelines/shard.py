@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import BufferedRandom, BufferedReader
@@ -23,8 +24,6 @@ from data_pipelines.errors import BadInput
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 AUDIO_EXTENSIONS = ("flac", "wav", "mp3", "ogg")
-# webdataset's rule (tariterators.base_plus_ext): the key is the path up to the first dot of the base name.
-_MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 
 
@@ -56,11 +55,17 @@ class ShardSummary:
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:
-    """(key, lower-case extension) of a member's name, or None where webdataset passes the member over."""
-    match = _MEMBER_NAME.match(name)
-    if match is None or _META_NAME.match(name):
+    """(key, lower-case extension) of a member's name, or None where webdataset passes the member over.
+
+    The key is the path up to the first dot of the base name (webdataset's tariterators.base_plus_ext).
+    """
+    # webdataset's own rule is the pattern ((?:.*/|)[^.]+)[.]([^/]*), which takes quadratic time for a hostile name.
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    has_key = stem or (slash and "." not in folder.rpartition("/")[2])
+    if not dot or not has_key or _META_NAME.match(name):
         return None
-    return match.group(1), match.group(2).lower()
+    return name[: len(name) - len(extension) - 1], extension.lower()
 
 
 def check_key(key: str) -> None:
@@ -96,7 +101,7 @@ def _dump_metadata(sample: Sample) -> bytes:
     try:
         text = json.dumps(sample.metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         return text.encode("utf-8")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadInput(f"{sample.key}: metadata does not go into JSON ({error})") from error
 
 
@@ -144,17 +149,21 @@ class ShardReader:
         self.path = path
         self._descriptor = -1
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe without a writer would block the open for ever.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise BadInput(f"{path}: cannot be opened ({error.strerror})") from error
-
-    @property
-    def num_bytes(self) -> int:
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadInput(f"{path}: not a regular file")
+        self.num_bytes = status.st_size
         """Size of the tar in bytes."""
-        return os.fstat(self._descriptor).st_size
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`. Raises `BadInput` when the tar ends before that."""
+        # Python allocates what is asked for before it reads, and an index may come from a stranger.
+        if offset < 0 or size < 0 or offset + size > self.num_bytes:
+            raise BadInput(f"{self.path}: ends before byte {offset + size}; it changed since it was indexed")
         data = os.pread(self._descriptor, size, offset)
         while len(data) < size:
             more = os.pread(self._descriptor, size - len(data), offset + len(data))

@@ -10,6 +10,7 @@ goes on at the next header whose checksum holds. Formats: POSIX ustar and pax, G
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +20,15 @@ from data_pipelines.errors import BadInput
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 1 << 30
+# PATH_MAX of Linux. A key of a megabyte would be held in every index.
+MAX_NAME_BYTES = 4096
 _MAX_EXTENSION_BYTES = 1 << 20
+_FIRST_SCAN_BYTES = 1 << 14
 _SCAN_BYTES = 1 << 20
 _REGULAR = (b"0", b"\0", b"7")
+_OCTAL = re.compile(rb"[0-7]+")
+# As many digits as the largest size that eight bytes hold.
+_DECIMAL = re.compile(r"[0-9]{1,20}", re.ASCII)
 # Types whose size field counts nothing that follows the header, whatever it says.
 _NO_DATA = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"5": "folder", b"6": "fifo"}
 _COMPRESSED = {
@@ -103,10 +110,11 @@ def _checksum_holds(header: bytes) -> bool:
 def _number(field: bytes) -> int:
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError as error:
-        raise _BadHeader(f"size field {field!r}") from error
+    digits = field.strip(b" \0") or b"0"
+    # `int` alone takes a sign, underscores and a prefix too; a negative size would lead the walk back for ever.
+    if not _OCTAL.fullmatch(digits):
+        raise _BadHeader(f"size field {field!r}")
+    return int(digits, 8)
 
 
 def _text(raw: bytes) -> str | None:
@@ -126,20 +134,21 @@ def _header_name(header: bytes) -> str | None:
 
 def _pax_records(data: bytes) -> dict[str, str]:
     records: dict[str, str] = {}
-    while data and data[0] != 0:
-        digits, _, rest = data.partition(b" ")
+    start = 0
+    while start < len(data) and data[start] != 0:
+        digits = data[start : start + 10].partition(b" ")[0]
         if not digits.isdigit() or len(digits) > 9:
             raise _BadHeader("pax record without a length")
-        length = int(digits)
-        record = data[len(digits) + 1 : length]
-        if length > len(data) or not record.endswith(b"\n") or b"=" not in record:
+        end = start + int(digits)
+        record = data[start + len(digits) + 1 : end]
+        if end > len(data) or not record.endswith(b"\n") or b"=" not in record:
             raise _BadHeader("pax record that does not fit")
         key, _, value = record[:-1].partition(b"=")
         try:
             records[key.decode("utf-8")] = value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise _BadHeader("pax record that is not UTF-8") from error
-        data = data[length:]
+        start = end
     return records
 
 
@@ -150,6 +159,8 @@ def _unsafe(name: str) -> str | None:
         return "name with '..'"
     if "\\" in name or any(ord(character) < 32 or ord(character) == 127 for character in name):
         return "name with a backslash or a control character"
+    if len(name.encode("utf-8")) > MAX_NAME_BYTES:
+        return f"name of more than {MAX_NAME_BYTES} bytes"
     return None
 
 
@@ -159,15 +170,18 @@ def _padded(size: int) -> int:
 
 def _next_header(descriptor: int, position: int, end: int) -> int:
     """Offset of the next block from `position` on that is a sound ustar header, or `end`."""
+    # The next header is near as a rule, and a tar may hold many bad ones.
+    length = _FIRST_SCAN_BYTES
     while position < end:
-        data = os.pread(descriptor, _SCAN_BYTES, position)
+        data = os.pread(descriptor, length, position)
         for start in range(0, len(data) - BLOCK + 1, BLOCK):
             block = data[start : start + BLOCK]
             if block[257:262] == b"ustar" and _checksum_holds(block):
                 return position + start
-        if len(data) < _SCAN_BYTES:
+        if len(data) < length:
             return end
-        position += _SCAN_BYTES
+        position += length
+        length = _SCAN_BYTES
     return end
 
 
@@ -228,7 +242,7 @@ def walk(descriptor: int) -> Iterator[Member | Damage]:
                 position = data_start + _padded(size)
                 continue
             if "size" in pax:
-                if not pax["size"].isascii() or not pax["size"].isdigit():
+                if not _DECIMAL.fullmatch(pax["size"]):
                     raise _BadHeader("pax size that is no number")
                 size = int(pax["size"])
         except (_BadHeader, UnicodeDecodeError) as error:
@@ -239,10 +253,12 @@ def walk(descriptor: int) -> Iterator[Member | Damage]:
             continue
 
         name = pax.get("path") or long_name or _header_name(header)
+        # Two readers would take two names, and so build two different samples.
+        disagree = bool(long_name and pax.get("path") and long_name != pax["path"])
         sparse = kind == b"S" or any(key.startswith("GNU.sparse") for key in pax)
         long_name, pax = None, {}
-        if kind in _NO_DATA or (kind in _REGULAR and name is not None and name.endswith("/")):
-            # Old tars mark a folder by its trailing slash alone.
+        if kind in _NO_DATA or (kind == b"\0" and name is not None and name.endswith("/")):
+            # Tars from before POSIX mark a folder by its trailing slash alone.
             what = _NO_DATA.get(kind, "folder")
             if what != "folder":
                 yield Damage(name, what, f"a {what} at byte {position} is not followed", gap=False)
@@ -256,7 +272,13 @@ def walk(descriptor: int) -> Iterator[Member | Damage]:
         if data_start + size > end:
             detail = f"the tar ends at byte {end}, the member would end at {data_start + size}"
             yield Damage(name, "truncated", detail, gap=True)
-            return
+            if size <= MAX_MEMBER_BYTES:
+                return
+            # Nobody cut that much off. The size lies, and members may follow it.
+            position = _next_header(descriptor, data_start, end)
+            if position >= end:
+                return
+            continue
         if sparse:
             yield Damage(name, "sparse", f"a sparse member at byte {position} is refused", gap=False)
         elif kind not in _REGULAR:
@@ -264,7 +286,9 @@ def walk(descriptor: int) -> Iterator[Member | Damage]:
         elif name is None:
             yield Damage(None, "name", f"a name at byte {position} is not UTF-8", gap=True)
         elif (unsafe := _unsafe(name)) is not None:
-            yield Damage(name, "name", f"{unsafe} is refused", gap=False)
+            yield Damage(name[:MAX_NAME_BYTES], "name", f"{unsafe} is refused", gap=False)
+        elif disagree:
+            yield Damage(name, "name", f"two long names that disagree at byte {position}", gap=False)
         elif size > MAX_MEMBER_BYTES:
             yield Damage(name, "size", f"{size} bytes, more than the limit of {MAX_MEMBER_BYTES}", gap=False)
         else:

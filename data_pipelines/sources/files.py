@@ -11,9 +11,9 @@ import os
 import stat
 from pathlib import Path
 
+from data_pipelines.dataset import LIMITS
 from data_pipelines.headers import audio_seconds, image_size
 from data_pipelines.shard import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
-from data_pipelines.tar import MAX_MEMBER_BYTES
 
 _EXTENSIONS = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
 _FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -36,6 +36,11 @@ def check_reference(reference: str, modality: str) -> str:
         raise FileFault("path", f"{modality} path {reference!r} contains '..', which is refused")
     if "\0" in reference:
         raise FileFault("path", f"{modality} path {reference!r} contains a NUL")
+    try:
+        reference.encode("utf-8")
+    except UnicodeEncodeError as error:
+        detail = f"{modality} path {reference!r} contains half of a surrogate pair, which UTF-8 cannot hold"
+        raise FileFault("path", detail) from error
     extension = Path(reference).suffix.lower().removeprefix(".")
     if extension not in _EXTENSIONS[modality]:
         kinds = ", ".join(f".{known}" for known in _EXTENSIONS[modality])
@@ -77,9 +82,9 @@ def _read_regular(path: Path, modality: str) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileFault("type", f"{modality} file {path} is not a regular file")
-        if status.st_size > MAX_MEMBER_BYTES:
+        if status.st_size > LIMITS[modality]:
             raise FileFault(
-                "size", f"{modality} file {path} has {status.st_size} bytes; the limit is {MAX_MEMBER_BYTES}"
+                "size", f"{modality} file {path} has {status.st_size} bytes; the limit is {LIMITS[modality]}"
             )
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(status.st_size)

@@ -27,6 +27,8 @@ _MEANINGFUL = ("id", *_MEMBERS)
 # A ustar header holds 100 bytes of name, and `.jpeg` takes five of them.
 _MAX_KEY_BYTES = 95
 _MAX_SPLITS_SHOWN = 20
+# Metadata is parsed again by readers of all kinds, each with a limit of its own.
+_MAX_DEPTH = 64
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 
@@ -227,9 +229,16 @@ def _label(value: Any) -> Any:
     return int(value) if isinstance(value, str) and _INTEGER.fullmatch(value.strip()) else value
 
 
+def _is_deep(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deep(one, levels - 1) for one in inner)
+
+
 def _metadata_problem(metadata: dict[str, Any]) -> str | None:
     size = 0
     for name, value in metadata.items():
+        if _is_deep(value, _MAX_DEPTH):
+            return f"column {name!r} is nested deeper than {_MAX_DEPTH} levels"
         try:
             size += len(json.dumps({name: value}, allow_nan=False, ensure_ascii=False).encode("utf-8"))
         except (TypeError, ValueError) as error:

@@ -14,13 +14,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 from data_pipelines.errors import BadInput
 from data_pipelines.sources.source import RowFault
 
 # Longer than any caption or transcript; the csv module's own limit is 128 KiB.
 _MAX_CELL_CHARACTERS = 1 << 24
+# Of a file without line ends, no more than this is ever held.
+_MAX_LINE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line on which the row starts, cells) of each row that is not blank, the header first."""
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_lines(path, file), strict=True)
         while True:
             line = reader.line_num + 1
             try:
@@ -78,6 +80,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield line, cells
 
 
+def _lines(path: Path, file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """The lines of a file. Raises `BadInput` for one of more than `_MAX_LINE` characters (text) or bytes."""
+    number = 0
+    while line := file.readline(_MAX_LINE + 1):
+        number += 1
+        if len(line) > _MAX_LINE:
+            raise BadInput(f"{path}: line {number} is longer than {_MAX_LINE}; is this the right file?")
+        yield line
+
+
 def _csv_records(rows: Iterator[tuple[int, list[str]]], header: list[str]) -> Iterator[Record | RowFault]:
     for number, (line, cells) in enumerate(rows, start=1):
         if len(cells) != len(header):
@@ -90,7 +102,7 @@ def _csv_records(rows: Iterator[tuple[int, list[str]]], header: list[str]) -> It
 def _read_jsonl(path: Path) -> Iterator[Record | RowFault]:
     number = 0
     with open(path, "rb") as file:
-        for line, raw in enumerate(file, start=1):
+        for line, raw in enumerate(_lines(path, file), start=1):
             raw = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
             if not raw.strip():
                 continue

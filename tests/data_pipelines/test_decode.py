@@ -1,20 +1,19 @@
-"""Decoding: equal to the exported processor on good files, and nothing but a `DecodeError` on bad ones."""
+"""Decoding: equal to the exported processor on good files, and nothing but a `DecodeError` on bad ones.
+
+What strangers may send, case by case, is in test_hostile.py.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
-import resource
-import struct
-import time
-import zlib
 
 import numpy as np
 import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from data_pipelines.config import AudioConfig, ImageConfig
 from data_pipelines.decode import (
@@ -144,47 +143,6 @@ def test_the_first_frame_of_an_animation() -> None:
         assert load_image(file.getvalue(), MAX_PIXELS).getpixel((5, 5)) == (255, 0, 0)
 
 
-def png_that_declares(width: int, height: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(bytes(1000))
-    chunk = b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
-    )
-    return b"\x89PNG\r\n\x1a\n" + chunk
-
-
-def text_bomb() -> bytes:
-    info = PngImagePlugin.PngInfo()
-    info.add_text("a", "x" * 50_000_000, zip=True)
-    return encode_image(pixels(10, 10), "PNG", pnginfo=info)
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "format"),
-        (b"GIF89a" + bytes(100), "format"),
-        (b"BM" + bytes(100), "format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "format"),
-        (png_that_declares(100_000, 100_000), "size"),
-        (png_that_declares(0, 10), "size"),
-        (png_that_declares(900, 900), "decode"),
-        (encode_image(pixels(200, 200))[:-5000], "decode"),
-        (encode_image(pixels(200, 200), "JPEG")[:2000], "decode"),
-        (encode_image(pixels(200, 200), "WEBP")[:1000], "decode"),
-        (text_bomb(), "decode"),
-    ],
-)
-def test_bad_images_have_a_reason(data: bytes, reason: str) -> None:
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(DecodeError) as caught:
-        load_image(data, MAX_PIXELS)
-    assert caught.value.reason == reason
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
-    assert time.process_time() - started < 2
-
-
 def test_the_limit_on_pixels_is_the_settings_own() -> None:
     data = encode_image(pixels(100, 100))
     assert load_image(data, 10_000).size == (100, 100)
@@ -198,7 +156,7 @@ def test_native_sizes_fit_the_budget(shape: tuple[int, int]) -> None:
     assert wide % 48 == 0 and high % 48 == 0 and 0 < wide * high <= NATIVE.max_patches * 256
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(st.sampled_from(sorted(files_of_every_kind())), FLIPS, st.floats(0, 1))
 def test_damaged_images_raise_nothing_else(name: str, flips: list[tuple[float, int]], cut: float) -> None:
     data = bytearray(files_of_every_kind()[name])
@@ -240,44 +198,7 @@ def test_sixteen_bit_samples_come_back_unchanged() -> None:
     assert to_int16(np.array([2.0, -2.0], dtype=np.float32)).tolist() == [32_767, -32_768]
 
 
-def float_wav(values: list[float]) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, np.array(values, dtype=np.float32), 16_000, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-def flac_that_declares(num_samples: int) -> bytes:
-    data = bytearray(encode_sound(wave(0.5, 16_000), 16_000))
-    assert data[:4] == b"fLaC"
-    packed = int.from_bytes(data[18:26], "big")
-    data[18:26] = (packed >> 36 << 36 | num_samples).to_bytes(8, "big")
-    return bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "decode"),
-        (b"not a sound at all", "decode"),
-        (float_wav([0.1, float("nan"), 0.2]), "decode"),
-        (float_wav([0.1, float("inf")]), "decode"),
-        (encode_sound(np.zeros(0), 16_000, "WAV"), "empty"),
-        (flac_that_declares(1 << 35), "size"),
-        (flac_that_declares(20_000), "decode"),
-        (encode_sound(wave(1.5, 16_000), 16_000)[:-4000], "decode"),
-        (encode_sound(np.zeros(1000), 500, "WAV"), "size"),
-        (encode_sound(np.zeros((10, 40)), 16_000, "WAV"), "size"),
-    ],
-)
-def test_bad_sounds_have_a_reason(data: bytes, reason: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DecodeError) as caught:
-        load_audio(data, SOUND)
-    assert caught.value.reason == reason, caught.value
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
-
-
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.sampled_from(["WAV", "FLAC", "OGG", "MP3"]), FLIPS)
 def test_damaged_sounds_raise_nothing_else(kind: str, flips: list[tuple[float, int]]) -> None:
     data = bytearray(encode_sound(wave(0.2, 8000), 8000, kind))
