@@ -234,6 +234,7 @@ FREE_SETTINGS = (
     "data.prefetch",
     "data.max_bad_rate",
     "data.max_bad_run",
+    "data.remote",
     "checkpoint",
     "evaluation",
     "logging",
