@@ -41,8 +41,10 @@ def allowed_addresses(host: str, port: int, allow_private: bool) -> list[tuple[s
         raise
     except UnicodeError:
         raise BadInput(f"{host}: not a host's name") from None
-    found = [(family, str(address[0])) for family, _, _, _, address in answers]
-    allowed = [(family, address) for family, address in found if allow_private or is_public(address)]
+    found: list[tuple[socket.AddressFamily, str]] = [(family, str(address[0])) for family, _, _, _, address in answers]
+    allowed: list[tuple[socket.AddressFamily, str]] = [
+        (family, address) for family, address in found if allow_private or is_public(address)
+    ]
     if not allowed:
         raise refused(host, found[0][1])
     return allowed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -129,7 +128,7 @@ def running_nginx(root: Path, folder: Path) -> Iterator[Nginx]:
 
 
 class CuttingProxy:
-    """Passes TCP connections on to a port, and resets number n after `cut(n)` bytes of answers, unless that is None."""
+    """Passes TCP connections on to a port, and cuts number n after `cut(n)` bytes of answers, unless that is None."""
 
     def __init__(self, port: int, cut: Callable[[int], int | None]) -> None:
         self._target, self._cut = port, cut
@@ -164,13 +163,15 @@ class CuttingProxy:
                     left -= len(data)
                     if not left:
                         self.cuts += 1
-                        # A reset, not an orderly end.
-                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         break
-        server.close()
-        client.close()
+        for end in (client, server):
+            with suppress(OSError):
+                # Closing alone would wait for the other thread's recv.
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
     def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 

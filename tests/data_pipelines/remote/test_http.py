@@ -19,7 +19,7 @@ from data_pipelines.errors import BadInput
 from data_pipelines.remote import addresses
 from data_pipelines.remote.folder import open_folder
 from launch.cli import app
-from tests.data_pipelines.remote.servers import CuttingProxy, Nginx
+from tests.data_pipelines.remote.servers import CuttingProxy, Nginx, free_port
 
 pytestmark = pytest.mark.timeout(120)
 MakeDataset = Callable[..., Path]
@@ -151,10 +151,8 @@ def test_an_index_with_offsets_outside_its_shard_is_refused(
 def test_what_is_not_there_is_said_at_once(nginx: Nginx, make_dataset: MakeDataset, remote: Remote) -> None:
     with pytest.raises(BadInput, match=r"absent/dataset\.json: HTTP 404 Not Found; is the URL"):
         open_dataset(nginx.url("absent"), remote())
-    nobody = CuttingProxy(nginx.port, lambda number: None)
-    nobody.close()
-    with pytest.raises(BadInput, match=r"gave up after 3 attempts without progress: .*(refused|reset|closed)"):
-        open_dataset(f"http://127.0.0.1:{nobody.port}/x", remote(retries=2))
+    with pytest.raises(BadInput, match=r"gave up after 3 attempts without progress: .*refused"):
+        open_dataset(f"http://127.0.0.1:{free_port()}/x", remote(retries=2))
     folder = make_dataset(sizes=(3, 3))
     (folder / open_dataset(folder).shards[1].path).unlink()
     with pytest.raises(BadInput, match="HTTP 404"):
