@@ -123,7 +123,16 @@ def train(config_path: str, overrides: Sequence[str], resume: str) -> bool:
         if config.data.eval is not None:
             evaluated = [open_dataset(source.path, config.data.remote) for source in config.data.eval_sources]
             callbacks.append(Evaluation(evaluated, tokenizer))
-        trainer = Trainer(config, engine, run_dir, run_id, loader.samples_an_epoch, callbacks, loader.state)
+        trainer = Trainer(
+            config,
+            engine,
+            run_dir,
+            run_id,
+            loader.samples_an_epoch,
+            callbacks,
+            loader.state,
+            lambda: loader.remote_wait_seconds,
+        )
         trainer.step = step
         if engine.is_main and start is not None:
             print(f"resuming from {start} at step {step}", file=sys.stderr)

@@ -113,7 +113,8 @@ def read_all(folder: RemoteFolder, path: str, limit: int, settings: RemoteConfig
         for chunk in folder.stream(path, 0, None):
             data += chunk
             if len(data) > limit:
-                raise BadInput(f"{folder.location}/{path}: more than {limit:,} bytes")
+                raise BadInput(f"{where}: more than {limit:,} bytes")
         return bytes(data)
 
-    return Attempts(f"{folder.location}/{path}", settings).run(once)
+    where = f"{folder.location}/{path}"
+    return Attempts(where, settings).run(once)

@@ -61,25 +61,24 @@ class HttpFolder:
 
     def stream(self, path: str, start: int, size: int | None) -> Generator[bytes, None, None]:
         """See `RemoteFolder.stream`. A server that knows no ranges sends all, and what came before is passed over."""
-        where = f"{self.location}/{path}"
         with self._answer(path, f"bytes={start}-" if start else None) as response:
             skip, end = 0, response.length
             if response.status == 206:
-                first, last, total = _content_range(response, where)
+                first, last, total = _content_range(response)
                 if first != start:
-                    raise Broken(f"{where}: asked for byte {start}, got byte {first}")
+                    raise Broken(f"asked for byte {start}, got byte {first}")
                 end = total
             elif start:
                 skip = start
             if size is not None and end is not None and end != size:
                 raise WrongSize(f"{end:,} bytes at the server")
             place = 0 if skip else start
-            while chunk := _read(response, CHUNK_BYTES, where):
+            while chunk := _read(response, CHUNK_BYTES):
                 place += len(chunk)
                 if place > start:
                     yield chunk[max(0, len(chunk) - (place - start)) :] if skip else chunk
             if end is not None and place < end:
-                raise Broken(f"{where}: the connection was cut at byte {place:,} of {end:,}")
+                raise Broken(f"the connection was cut at byte {place:,} of {end:,}")
 
     def read(self, path: str, start: int, length: int) -> bytes:
         """See `RemoteFolder.read`. Raises `BadInput` where the server knows no ranges."""
@@ -89,14 +88,14 @@ class HttpFolder:
         with self._answer(path, f"bytes={start}-{start + length - 1}") as response:
             if response.status != 206:
                 raise BadInput(f"{where}: the server does not serve ranges; use data.remote.mode: cache")
-            first, last, _ = _content_range(response, where)
+            first, last, _ = _content_range(response)
             if (first, last) != (start, start + length - 1):
                 raise BadInput(f"{where}: ends before byte {start + length}; it changed since it was indexed")
             data = bytearray()
-            while len(data) < length and (chunk := _read(response, length - len(data), where)):
+            while len(data) < length and (chunk := _read(response, length - len(data))):
                 data += chunk
             if len(data) < length:
-                raise Broken(f"{where}: the connection was cut")
+                raise Broken("the connection was cut")
             return bytes(data)
 
     @contextmanager
@@ -145,7 +144,7 @@ class HttpFolder:
                 self._drop(url)
                 # A server closes connections that were idle; that is no failure of this request.
                 if not (used and isinstance(error, (ConnectionError, http.client.BadStatusLine))):
-                    raise Broken(f"{where}: {_reason(error)}") from None
+                    raise Broken(_reason(error)) from None
             except BaseException:
                 self._drop(url)
                 raise
@@ -193,11 +192,11 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _read(response: http.client.HTTPResponse, size: int, where: str) -> bytes:
+def _read(response: http.client.HTTPResponse, size: int) -> bytes:
     try:
         return response.read1(size)
     except (OSError, http.client.HTTPException) as error:
-        raise Broken(f"{where}: {_reason(error)}") from None
+        raise Broken(_reason(error)) from None
 
 
 def _pass_over(response: http.client.HTTPResponse) -> None:
@@ -205,16 +204,16 @@ def _pass_over(response: http.client.HTTPResponse) -> None:
         response.read(_MOST_NOISE_BYTES)
 
 
-def _content_range(response: http.client.HTTPResponse, where: str) -> tuple[int, int, int]:
+def _content_range(response: http.client.HTTPResponse) -> tuple[int, int, int]:
     """(first byte, last byte, length of the whole file)."""
     match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
     if match is None:
-        raise Broken(f"{where}: an answer with a part of the file does not say which")
+        raise Broken("an answer with a part of the file does not say which")
     return int(match[1]), int(match[2]), int(match[3])
 
 
 def _refusal(response: http.client.HTTPResponse, where: str) -> Exception:
-    said = f"{where}: HTTP {response.status} {response.reason}"
+    said = f"HTTP {response.status} {response.reason}"
     if response.status >= 500 or response.status in _PASSING:
         # Its connection is not kept: another one may lead to a server that is well.
         wait = response.headers.get("Retry-After", "")
@@ -222,4 +221,4 @@ def _refusal(response: http.client.HTTPResponse, where: str) -> Exception:
     _pass_over(response)
     if response.status == 416:
         return WrongSize("fewer bytes at the server")
-    return BadInput(f"{said}; is the URL that of a dataset folder, and may it be read?")
+    return BadInput(f"{where}: {said}; is the URL that of a dataset folder, and may it be read?")

@@ -84,7 +84,7 @@ class ObjectFolder:
                 raise self._refused from None
             if "Credential" in type(error).__name__:
                 raise BadInput(f"{where}: {_shown(error)}") from None
-            raise Broken(f"{where}: {_shown(error)}") from None
+            raise Broken(_shown(error)) from None
 
     def _filesystem(self) -> Any:
         """The filesystem of this process. Raises `BadInput` without its package, or at a refused address."""

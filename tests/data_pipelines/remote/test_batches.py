@@ -67,7 +67,6 @@ def test_the_same_batches_from_a_slow_server_that_cuts_and_fails_within_the_cap(
     with watched(cache) as most:
         loader = build_loader(config, 0, 1)
         found = by_sample(loader)
-    proxy.close()
     assert_same(found, expected)
     assert 0 < most() <= cap * 1e9
     assert proxy.cuts > 3 and 503 in {request.status for request in nginx.requests()}
@@ -75,6 +74,7 @@ def test_the_same_batches_from_a_slow_server_that_cuts_and_fails_within_the_cap(
     assert loader.state(10) == build_loader(config_of(str(folder), tmp_path / "run", RemoteConfig()), 0, 1).state(10)
     # The same again, from what is there: a resumed run on the same node.
     assert_same(by_sample(build_loader(config, 0, 1, start_step=7)), expected[7:])
+    proxy.close()
 
 
 def test_ranges_and_a_mixture_with_a_local_source(
