@@ -105,7 +105,7 @@ class FileCache:
             found.close()
         return found is not None
 
-    def obtain_small(self, name: str, read: Callable[[], bytes]) -> CachedFile:
+    def obtain_small(self, name: str, read: Callable[[], bytes], next_use: NextUse | None = None) -> CachedFile:
         """As `obtain`, for a file whose size is only known once `read` has it in memory."""
 
         def write(descriptor: int) -> None:
@@ -113,12 +113,12 @@ class FileCache:
             os.ftruncate(descriptor, 0)
             while True:
                 with self._locked():
-                    if self._make_room(len(data), name, len(data), None, None):
+                    if self._make_room(len(data), name, len(data), next_use, None):
                         os.pwrite(descriptor, data, 0)
                         return
                 _pause()
 
-        return self.obtain(name, 0, write)
+        return self.obtain(name, 0, write, next_use)
 
     def open(self, name: str) -> CachedFile | None:
         """Open the file if it is there whole."""

@@ -109,6 +109,8 @@ class HttpFolder:
             if response.status not in _REDIRECTS:
                 break
             _pass_over(response)
+            if not response.isclosed():
+                self._drop(parts)
             target = urlsplit(urljoin(url, response.headers.get("Location", "")))
             if target.scheme not in ("https", parts.scheme) or not target.hostname:
                 raise BadInput(f"{where}: redirected to {hide_credentials(target.geturl()) or 'nothing'}; refused")

@@ -38,6 +38,7 @@ class ObjectFolder:
         self._scheme, _, self._root = url.partition("://")
         self._process = -1
         self._open: Any = None
+        self._inherited: Any = None
         self._refused: BadInput | None = None
         self._filesystem()
 
@@ -90,6 +91,8 @@ class ObjectFolder:
         """The filesystem of this process. Raises `BadInput` without its package, or at a refused address."""
         if self._process != os.getpid():
             self._check_endpoint()
+            # Kept, for its end would talk to an event loop whose thread is not in this process.
+            self._inherited = self._open
             try:
                 import fsspec
 

@@ -93,7 +93,9 @@ class RemoteStore:
         if file is None:
             with reading.waits():
                 file = self._cache.obtain_small(
-                    name, lambda: read_all(self._folder, entry.index, _MOST_INDEX_BYTES, self.settings)
+                    name,
+                    lambda: read_all(self._folder, entry.index, _MOST_INDEX_BYTES, self.settings),
+                    self.next_use,
                 )
         with file:
             index = ShardIndex.load(file.path)

@@ -188,5 +188,5 @@ def running_s3(folder: Path) -> Iterator[str]:
         assert _wait_for(port, process), (folder / "log").read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
+        process.kill()
         process.wait(20)

@@ -101,7 +101,8 @@ def test_two_ranks_share_one_download(
     nginx: Nginx, make_dataset: MakeDataset, remote: Remote, tmp_path: Path, cache: Path
 ) -> None:
     folder = make_dataset(sizes=SIZES)
-    expected = local_batches(folder, tmp_path / "local")
+    local = config_of(str(folder), tmp_path / "local", RemoteConfig())
+    expected = [batch["index"].tolist() for batch in build_loader(local, 0, 1)]
     nginx.turn("slowish")
     config = config_of(nginx.url(), tmp_path / "run", remote())
     fork = multiprocessing.get_context("fork")
