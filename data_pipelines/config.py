@@ -24,7 +24,7 @@ class Settings(BaseModel):
 class SourceConfig(Settings):
     """One dataset folder in a mixture."""
 
-    path: str = Field(description="Dataset folder (the one that holds dataset.json).")
+    path: str = Field(description="Dataset folder (the one that holds dataset.json), or its URL.")
     weight: float | None = Field(None, gt=0, description="Share of the mixture, relative to others; null is 1.")
     epochs: float | None = Field(None, gt=0, description="Or how often it is gone through, relative to others.")
 
@@ -144,14 +144,36 @@ class AugmentConfig(Settings):
     mel_frequency_mask_share: Fraction = Field(0.1, description="Widest frequency mask, as a share of the band.")
 
 
+class RemoteConfig(Settings):
+    """Datasets whose folder is a URL (file, http, https, s3, gs, hf)."""
+
+    mode: Literal["cache", "range"] = Field(
+        "cache",
+        description="cache: whole shards to the local disk, ahead of use; range: each sample's bytes, no cache.",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="Folder on a disk of the node, shared by its ranks; null is ~/.cache/triptych (XDG_CACHE_HOME).",
+    )
+    max_cache_gb: float = Field(100.0, gt=0, description="The cache is never larger (1 GB = 10**9 bytes).")
+    ahead_steps: PositiveInt = Field(32, description="Steps ahead of the trained one whose shards are fetched.")
+    downloads: PositiveInt = Field(4, description="Shards that a rank fetches at a time.")
+    retries: int = Field(8, ge=0, description="Attempts in a row without progress after the first one.")
+    retry_seconds: float = Field(0.5, gt=0, description="First pause between two attempts; it doubles up to 30.")
+    timeout_seconds: float = Field(30.0, gt=0, description="A server that is silent for so long is given up.")
+    allow_private_addresses: bool = Field(
+        False, description="Allow servers at private, loopback and link-local addresses."
+    )
+
+
 class DataConfig(Settings):
     """Everything between dataset folders and batches."""
 
-    train: str | list[SourceConfig] = Field(description="Dataset folder, or a list of {path, weight}.")
+    train: str | list[SourceConfig] = Field(description="Dataset folder or its URL, or a list of {path, weight}.")
     temperature: float | None = Field(
         None, gt=0, description="Instead of weights: shares follow size ** (1 / temperature); 1 is by size."
     )
-    eval: str | list[SourceConfig] | None = Field(None, description="Dataset folder for evaluation.")
+    eval: str | list[SourceConfig] | None = Field(None, description="Dataset folder, or its URL, for evaluation.")
     build: list[BuildConfig] = Field(default_factory=list, description="Datasets to build first where absent.")
     global_batch: PositiveInt = Field(64, description="Samples an optimizer step, over all ranks.")
     micro_batch: PositiveInt | None = Field(
@@ -172,6 +194,7 @@ class DataConfig(Settings):
     audio: AudioConfig = Field(default_factory=AudioConfig, description="Sound.")
     text: TextConfig = Field(default_factory=TextConfig, description="Text.")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation of training samples.")
+    remote: RemoteConfig = Field(default_factory=RemoteConfig, description="Datasets behind a URL.")
 
     @model_validator(mode="after")
     def _one_kind_of_mixture(self) -> DataConfig:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_pipelines.atomic import atomic_file
+from data_pipelines.config import RemoteConfig
 from data_pipelines.decode import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, DecodeError, decode_metadata, decode_text
 from data_pipelines.errors import BadInput
 from data_pipelines.index import FORMAT_VERSION, MEMBERS, MODALITIES, Quarantined, ShardIndex, index_shard
@@ -26,10 +29,10 @@ from data_pipelines.shard import (
     AUDIO_EXTENSIONS,
     IMAGE_EXTENSIONS,
     Sample,
-    ShardReader,
     hash_shard,
     write_shard,
 )
+from data_pipelines.store import LocalStore, MemberReader, ShardStore
 
 MAX_TEXT_BYTES = 1_000_000
 MAX_METADATA_BYTES = 1_000_000
@@ -202,59 +205,88 @@ def _first_reason(quarantined: Sequence[Quarantined]) -> str:
     return f"{quarantined[0].reason} ({quarantined[0].detail})" if quarantined else "the tars are empty"
 
 
-def open_dataset(path: str | Path) -> Dataset:
-    """Open the dataset folder that holds dataset.json. Raises `BadInput` when it is none or contradicts itself."""
+def open_dataset(path: str | Path, remote: RemoteConfig | None = None) -> Dataset:
+    """Open the dataset in a folder, or behind a URL, that holds dataset.json.
+
+    `remote` are the settings for a URL; None takes the defaults. Raises `BadInput` when there is no dataset, when it
+    contradicts itself, and for a URL that may not be read.
+    """
+    from data_pipelines.remote.urls import check_url, is_url, local_path
+
+    if is_url(path):
+        url = check_url(str(path))
+        if not url.startswith("file://"):
+            from data_pipelines.remote.store import open_store
+
+            store, raw = open_store(url, remote or RemoteConfig())
+            return Dataset(store, _parse(raw, f"{store.location}/dataset.json"))
+        path = local_path(url)
     folder = Path(path)
     file = folder / "dataset.json"
     if not file.is_file():
         hint = "make one with `triptych data build`, or of tars with `triptych data index`"
         raise BadInput(f"{folder}: {'no dataset.json in it' if folder.is_dir() else 'no such dataset folder'}; {hint}")
     try:
-        content = _DatasetFile.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        where = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        place = ".".join(map(str, where["loc"])) or "file"
-        raise BadInput(f"{file}: cannot be read ({place}: {where['msg']})") from error
+        raw = file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read ({error.strerror})") from error
+    return Dataset(LocalStore(folder), _parse(raw, str(file)))
+
+
+def _parse(raw: bytes, where: str) -> _DatasetFile:
+    """The content of the dataset.json at `where`. Raises `BadInput`."""
+    try:
+        content = _DatasetFile.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "file"
+        raise BadInput(f"{where}: cannot be read ({place}: {first['msg']})") from error
     for shard in content.shards:
         for name in (shard.path, shard.index):
             if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                raise BadInput(f"{file}: the path {name!r} leads out of the dataset folder")
+                raise BadInput(f"{where}: the path {name!r} leads out of the dataset folder")
     if content.num_samples != sum(shard.num_samples for shard in content.shards):
-        raise BadInput(f"{file}: num_samples is {content.num_samples}, but the shards add up to something else")
+        raise BadInput(f"{where}: num_samples is {content.num_samples}, but the shards add up to something else")
     if content.fingerprint != fingerprint(content.shards):
-        raise BadInput(f"{file}: the fingerprint does not fit the shards; the file was edited")
+        raise BadInput(f"{where}: the fingerprint does not fit the shards; the file was edited")
     if not content.num_samples:
-        raise BadInput(f"{file}: the dataset is empty")
-    return Dataset(folder, content)
+        raise BadInput(f"{where}: the dataset is empty")
+    return content
 
 
 class _OpenShard:
     """A shard's index, and its tar once a byte of it is wanted: costs are asked of many more shards than bytes are."""
 
-    def __init__(self, folder: Path, entry: ShardEntry) -> None:
+    def __init__(self, store: ShardStore, entry: ShardEntry) -> None:
         self.entry = entry
-        self.index = ShardIndex.load(folder / entry.index)
-        self._tar = folder / entry.path
+        self._store = store
+        self.index = store.index(entry)
         if self.index.sha256 != entry.sha256 or len(self.index) != entry.num_samples:
-            raise BadInput(f"{folder / entry.index}: the index is of another tar; run `triptych data index` again")
+            where = f"{store.location}/{entry.index}"
+            raise BadInput(f"{where}: the index is of another tar; run `triptych data index` again")
 
     @functools.cached_property
-    def reader(self) -> ShardReader:
+    def _kept(self) -> MemberReader:
+        return self._store.open(self.entry)
+
+    @contextmanager
+    def reading(self) -> Iterator[MemberReader]:
         """The open tar. Raises `BadInput` when it is gone or has another size than dataset.json says."""
-        reader = ShardReader(self._tar)
-        if reader.num_bytes != self.entry.bytes:
-            raise BadInput(
-                f"{reader.path}: {reader.num_bytes} bytes, but dataset.json says {self.entry.bytes}; "
-                "build it again, or keep what is whole with `triptych data index`"
-            )
-        return reader
+        if self._store.keeps_open:
+            yield self._kept
+            return
+        reader = self._store.open(self.entry)
+        try:
+            yield reader
+        finally:
+            reader.close()
 
 
 class Dataset:
     """Samples 0..N-1 in shard order. Open one with `open_dataset`."""
 
-    def __init__(self, folder: Path, content: _DatasetFile) -> None:
-        self.path = folder
+    def __init__(self, store: ShardStore, content: _DatasetFile) -> None:
+        self.store = store
         self.name = content.name
         self.fingerprint = content.fingerprint
         self.modalities = dict(content.modalities)
@@ -268,15 +300,36 @@ class Dataset:
         return int(self._starts[-1])
 
     def __repr__(self) -> str:
-        return f"Dataset({str(self.path)!r}, {len(self)} samples, {len(self.shards)} shards, {self.modalities})"
+        return f"Dataset({self.location!r}, {len(self)} samples, {len(self.shards)} shards, {self.modalities})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
 
+    @property
+    def location(self) -> str:
+        """The folder or URL, fit to be shown."""
+        return self.store.location
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies in a folder of this machine, not behind a URL."""
+        return isinstance(self.store, LocalStore)
+
+    @property
+    def path(self) -> Path:
+        """The folder. Raises `BadInput` for a dataset behind a URL."""
+        if not isinstance(self.store, LocalStore):
+            raise BadInput(f"{self.location}: this needs a dataset in a local folder")
+        return self.store.folder
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of shard number `shard`. Raises `BadInput` when it cannot be had or is of another tar."""
+        return self._shard(shard).index
+
     def _shard(self, number: int) -> _OpenShard:
         shard = self._open.get(number)
         if shard is None:
-            shard = _OpenShard(self.path, self.shards[number])
+            shard = _OpenShard(self.store, self.shards[number])
             # No lock: threads may open a shard twice, which is harmless, and a fork cannot inherit a held lock. An
             # evicted shard closes when its last reader lets go.
             self._open[number] = shard
@@ -331,11 +384,15 @@ class Dataset:
     ) -> Iterator[tuple[int, RawSample]]:
         """What `read` returns, one by one as (place in `ids`, sample): one sample's bytes are held at a time."""
         shards, rows = self.locate(ids)
-        for place in np.lexsort((rows, shards)).tolist():
-            shard = self._shard(int(shards[place]))
-            yield place, self._read_row(shard, int(rows[place]), members, limits or {})
+        for number, places in itertools.groupby(np.lexsort((rows, shards)).tolist(), lambda place: int(shards[place])):
+            shard = self._shard(number)
+            with shard.reading() as reader:
+                for place in places:
+                    yield place, self._read_row(shard, reader, int(rows[place]), members, limits or {})
 
-    def _read_row(self, shard: _OpenShard, row: int, members: Sequence[str], limits: Mapping[str, int]) -> RawSample:
+    def _read_row(
+        self, shard: _OpenShard, reader: MemberReader, row: int, members: Sequence[str], limits: Mapping[str, int]
+    ) -> RawSample:
         index = shard.index
         spans = {name: (int(index[f"{name}_offset"][row]), int(index[f"{name}_size"][row])) for name in members}
         there = {name: span for name, span in spans.items() if span[1] >= 0}
@@ -347,10 +404,10 @@ class Dataset:
             # Members lie side by side, so one read takes the sample; not so where a large one is left out between. The
             # bytes are held twice then, which a large sample must not cost.
             if length <= min(sum(size for _, size in there.values()) + 8192, _MOST_AT_ONCE):
-                block = shard.reader.read(first, length)
+                block = reader.read(first, length)
                 data = {name: block[offset - first : offset - first + size] for name, (offset, size) in there.items()}
             else:
-                data = {name: shard.reader.read(offset, size) for name, (offset, size) in there.items()}
+                data = {name: reader.read(offset, size) for name, (offset, size) in there.items()}
         return RawSample(
             index.key(row),
             shard.entry.path,

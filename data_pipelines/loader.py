@@ -14,7 +14,7 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,7 +34,9 @@ from data_pipelines.index import Quarantined
 from data_pipelines.mixture import source_weights
 from data_pipelines.prefetch import ordered_threads
 from data_pipelines.quarantine import BadSampleLimit, QuarantineLog
-from data_pipelines.sequence import SampleSequence, sample_seeds
+from data_pipelines.remote.ahead import fetch_ahead
+from data_pipelines.remote.store import reading
+from data_pipelines.sequence import Picked, SampleSequence, sample_seeds
 from data_pipelines.tokenizer import TextEncoder, make_tokenizer
 
 if TYPE_CHECKING:
@@ -82,11 +84,15 @@ class LoaderConfig(Protocol):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a worker hands over: a batch and its bad samples by place, or what stops the run."""
+    """What a worker hands over: a batch and its bad samples by place, or what stops the run.
+
+    `waited_seconds` is how long the worker waited for remote shards.
+    """
 
     batch: Batch
     bad: dict[int, Quarantined]
     stop: str | None = None
+    waited_seconds: float = 0.0
 
 
 class _Reader:
@@ -98,7 +104,7 @@ class _Reader:
 
     def read(self, source: IntArray, sample: IntArray, seeds: IntArray) -> Collated:
         """Collate the samples with these ids in these datasets, in this order."""
-        folders = [str(self.datasets[number].path) for number in source.tolist()]
+        folders = [self.datasets[number].location for number in source.tolist()]
         return self._collator.collate(self._samples(source, sample), seeds.tolist(), folders)
 
     def _samples(self, source: IntArray, sample: IntArray) -> Iterator[tuple[int, RawSample]]:
@@ -123,18 +129,33 @@ class _TrainSteps:
     ) -> None:
         self._reader, self._sequence, self._config = reader, sequence, config
         self._rank, self._world_size = rank, world_size
+        self.datasets = reader.datasets
 
     def __getitem__(self, step: int) -> _Loaded:
+        reading.begin(step)
         try:
             picked = self._sequence.batch(step)
             first_epoch = int(picked.epoch[0])
-            if self._world_size > 1:
-                picked = picked[deal(self._costs(picked.source, picked.sample), self._world_size)[self._rank]]
+            picked = self._share(picked)
             collated = self._reader.read(picked.source, picked.sample, picked.seed)
         except BadInput as error:
             # Torch would hand it on wrapped in the worker's traceback.
             return _Loaded({}, {}, str(error))
-        return _Loaded(_to_batch(collated, picked.index, picked.seed, step=step, epoch=first_epoch), collated.bad)
+        batch = _to_batch(collated, picked.index, picked.seed, step=step, epoch=first_epoch)
+        return _Loaded(batch, collated.bad, waited_seconds=reading.waited_seconds)
+
+    def _share(self, picked: Picked) -> Picked:
+        if self._world_size == 1:
+            return picked
+        return picked[deal(self._costs(picked.source, picked.sample), self._world_size)[self._rank]]
+
+    def shards(self, step: int) -> list[tuple[int, int]]:
+        """(source, shard) that this rank reads in a step."""
+        return self._sequence.shards(self._share(self._sequence.batch(step)))
+
+    def all_shards(self, step: int) -> list[tuple[int, int]]:
+        """(source, shard) that all ranks together read in a step."""
+        return self._sequence.shards(self._sequence.batch(step))
 
     def _costs(self, source: IntArray, sample: IntArray) -> npt.NDArray[np.float64]:
         costs = np.zeros(len(sample))
@@ -150,15 +171,28 @@ class _EvalSteps:
     def __init__(self, reader: _Reader, ids: IntArray, seed: int, rank: int, world_size: int, batch_size: int) -> None:
         self._reader, self._ids, self._seed = reader, ids, seed
         self._rank, self._world_size, self._size = rank, world_size, batch_size
+        self.datasets = reader.datasets
 
     def __len__(self) -> int:
         return -(-len(self._ids) // (self._size * self._world_size))
 
-    def __getitem__(self, number: int) -> _Loaded:
+    def shards(self, number: int) -> list[tuple[int, int]]:
+        """(source, shard) that this rank reads in a batch."""
+        shards, _ = self.datasets[0].locate(self._sample(number)[0])
+        return [(0, shard) for shard in np.unique(shards).tolist()]
+
+    # Ranks read neighbouring samples, so what one of them reads next is what the others do.
+    all_shards = shards
+
+    def _sample(self, number: int) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+        """Sample ids of this rank's part, and which of them are no filling."""
         start = (number * self._world_size + self._rank) * self._size
         places = np.arange(start, start + self._size)
-        real = places < len(self._ids)
-        sample = self._ids[np.minimum(places, len(self._ids) - 1)]
+        return self._ids[np.minimum(places, len(self._ids) - 1)], places < len(self._ids)
+
+    def __getitem__(self, number: int) -> _Loaded:
+        reading.begin(number)
+        sample, real = self._sample(number)
         seeds = sample_seeds(self._seed, np.zeros_like(sample), sample)
         try:
             collated = self._reader.read(np.zeros_like(sample), sample, seeds)
@@ -166,7 +200,8 @@ class _EvalSteps:
             return _Loaded({}, {}, str(error))
         collated.arrays["weight"][~real] = 0
         bad = {place: line for place, line in collated.bad.items() if real[place]}
-        return _Loaded(_to_batch(collated, sample, seeds, step=number, epoch=0), bad)
+        batch = _to_batch(collated, sample, seeds, step=number, epoch=0)
+        return _Loaded(batch, bad, waited_seconds=reading.waited_seconds)
 
 
 def _obey_parent_alone(parent: int) -> None:
@@ -201,19 +236,27 @@ def _as_it_is(loaded: Any) -> Any:
 
 def _stream(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig) -> Iterator[_Loaded]:
     """Load the steps with these numbers, in order, in the workers that the config asks for."""
-    loading = _load(steps, numbers, config)
+    ahead = fetch_ahead(steps.datasets, steps.shards, steps.all_shards, numbers, config.remote)
+    loading = _load(steps, numbers, config, ahead.start)
     try:
         for number, loaded in enumerate(loading):
             if number == 0:
                 # Registered after torch's own hook, which would wait five seconds for workers that nobody told to end.
                 atexit.register(loading.close)
+            ahead.advance(numbers.start + number + 1)
             yield loaded
     finally:
+        ahead.close()
         atexit.unregister(loading.close)
         loading.close()
 
 
-def _load(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig) -> Generator[_Loaded, None, None]:
+def _load(
+    steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig, forked: Callable[[], None]
+) -> Generator[_Loaded, None, None]:
+    """The steps, loaded. `forked` is called as soon as there are the workers that there will be."""
+    if not config.num_workers or config.worker_type == "thread":
+        forked()
     if not config.num_workers:
         yield from (steps[number] for number in numbers)
         return
@@ -223,7 +266,7 @@ def _load(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig) -
     # Without it, tokenizers prints a warning for every fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     by_main_thread = threading.current_thread() is threading.main_thread()
-    yield from DataLoader(
+    loader: DataLoader[_Loaded] = DataLoader(
         steps,  # type: ignore[arg-type]
         sampler=numbers,
         batch_size=None,
@@ -235,18 +278,23 @@ def _load(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig) -
         # touches no device and no lock of the parent's threads, and runs no parallel region of OpenMP.
         multiprocessing_context="fork",
     )
+    loading = iter(loader)
+    forked()
+    yield from loading
 
 
 class TrainLoader:
     """The rank's batches from `start_step` to `train.max_steps`; make one with `build_loader`.
 
-    Iterating it again starts again at `start_step`.
+    Iterating it again starts again at `start_step`. `remote_wait_seconds` is how long the workers waited for remote
+    shards in the batches yielded so far; training waits for the part that the batches kept ready do not cover.
     """
 
     def __init__(self, config: LoaderConfig, sequence: SampleSequence, steps: _TrainSteps, start_step: int) -> None:
         self._config, self._sequence, self._steps, self._start = config, sequence, steps, start_step
         self._log = Path(config.run.dir) / "quarantine.jsonl"
         self.samples_an_epoch = sequence.samples_an_epoch
+        self.remote_wait_seconds = 0.0
 
     def __len__(self) -> int:
         return max(0, self._config.train.max_steps - self._start)
@@ -262,6 +310,7 @@ class TrainLoader:
                 log.append(line)
             flags = [place in loaded.bad for place in range(len(loaded.batch["keys"]))]
             limit.see(flags, next(iter(loaded.bad.values()), None))
+            self.remote_wait_seconds += loaded.waited_seconds
             yield loaded.batch
 
     def state(self, step: int) -> dict[str, Any]:
@@ -312,7 +361,7 @@ def build_loader(config: LoaderConfig, rank: int, world_size: int, start_step: i
             f"data.global_batch: {data.global_batch} samples do not divide evenly among {world_size} ranks; "
             f"use a multiple of {world_size}"
         )
-    datasets = [open_dataset(source.path) for source in data.train_sources]
+    datasets = [open_dataset(source.path, data.remote) for source in data.train_sources]
     try:
         weights = source_weights(
             [len(dataset) for dataset in datasets],

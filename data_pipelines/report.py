@@ -1,7 +1,7 @@
 """What is in a dataset: counts, which modalities come together, how large things are, labels and speakers.
 
 Sizes come from the indexes; labels and speakers from the samples' metadata, of at most `MAX_METADATA` samples spread
-evenly over the dataset.
+evenly over the dataset, and of fewer behind a URL.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import numpy.typing as npt
 
 from data_pipelines.dataset import Dataset, open_dataset
 from data_pipelines.decode import DecodeError
-from data_pipelines.index import MODALITIES, ShardIndex
+from data_pipelines.index import MODALITIES
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 MAX_METADATA = 100_000
+MAX_REMOTE_METADATA = 128
 _NUM_BINS = 10
 _NUM_SHOWN = 12
 
@@ -36,8 +37,8 @@ def info(dataset: str | Path | Dataset) -> dict[str, Any]:
     opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     names = ("image_size", "text_size", "audio_size", "width", "height", "audio_seconds")
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
-    for shard in opened.shards:
-        index = ShardIndex.load(opened.path / shard.index)
+    for number in range(len(opened.shards)):
+        index = opened.index(number)
         for name in names:
             parts[name].append(np.array(index[name]))
     column = {name: np.concatenate(arrays) for name, arrays in parts.items()}
@@ -49,7 +50,7 @@ def info(dataset: str | Path | Dataset) -> dict[str, Any]:
     }
     labels, speakers, num_read = _count_metadata(opened)
     return {
-        "path": str(opened.path),
+        "path": opened.location,
         "name": opened.name,
         "num_samples": len(opened),
         "num_shards": len(opened.shards),
@@ -65,8 +66,8 @@ def info(dataset: str | Path | Dataset) -> dict[str, Any]:
         "labels": labels,
         "speakers": speakers,
         "metadata_samples": num_read,
-        "quarantined": _count_quarantined(opened.path),
-        "built_from": _built_from(opened.path),
+        "quarantined": _count_quarantined(opened.path) if opened.is_local else 0,
+        "built_from": _built_from(opened.path) if opened.is_local else None,
     }
 
 
@@ -91,7 +92,8 @@ def _number(value: Any) -> int | float:
 
 def _count_metadata(dataset: Dataset) -> tuple[dict[str, int], dict[str, int], int]:
     """Samples by label (its name where there is one) and by speaker, and of how many samples."""
-    ids = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_METADATA)).astype(np.int64))
+    most = min(len(dataset), MAX_METADATA if dataset.is_local else MAX_REMOTE_METADATA)
+    ids = np.unique(np.linspace(0, len(dataset) - 1, most).astype(np.int64))
     labels: Counter[str] = Counter()
     speakers: Counter[str] = Counter()
     order: dict[str, tuple[bool, Any]] = {}

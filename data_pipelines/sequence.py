@@ -60,6 +60,18 @@ def sample_seeds(run_seed: int, epoch: IntArray, index: IntArray) -> IntArray:
     return (splitmix64(mixed ^ index.astype(np.uint64)) >> np.uint64(1)).astype(np.int64)
 
 
+def touched_shards(picked: Picked, shard_ends: Sequence[IntArray]) -> list[tuple[int, int]]:
+    """(source, shard number) of these samples, each once, in the order of reading: by source, then by shard.
+
+    `shard_ends` has, for each source, the cumulated numbers of samples of its shards: int64.
+    """
+    touched: list[tuple[int, int]] = []
+    for source in np.unique(picked.source).tolist():
+        shards = np.searchsorted(shard_ends[source], picked.sample[picked.source == source], side="right")
+        touched += [(source, shard) for shard in np.unique(shards).tolist()]
+    return touched
+
+
 class SampleSequence:
     """Global batch `s` covers positions [s * global_batch, (s + 1) * global_batch) of the sequence.
 
@@ -78,6 +90,7 @@ class SampleSequence:
         tail: Literal["wrap", "drop"],
     ) -> None:
         self._sizes = [source.shard_sizes for source in sources]
+        self._shard_ends: list[IntArray] = [np.cumsum(sizes) for sizes in self._sizes]
         self._counts = [int(sizes.sum()) for sizes in self._sizes]
         self._offsets: IntArray = np.concatenate([[0], np.cumsum(self._counts)[:-1]]).astype(np.int64)
         self._fingerprint = "+".join(source.fingerprint[:16] for source in sources)
@@ -117,6 +130,10 @@ class SampleSequence:
             sample[here] = self._order(number, turn).at(place[here])
         index = self._offsets[source] + sample
         return Picked(source, sample, index, epoch, sample_seeds(self._seed, epoch, index))
+
+    def shards(self, picked: Picked) -> list[tuple[int, int]]:
+        """(source, shard number) of these samples, each once, in the order of reading."""
+        return touched_shards(picked, self._shard_ends)
 
     def state(self, step: int) -> dict[str, Any]:
         """Where the run is once `step` global batches are consumed: the same on every rank, for JSON."""

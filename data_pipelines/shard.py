@@ -172,9 +172,14 @@ class ShardReader:
             data += more
         return data
 
+    def close(self) -> None:
+        """Close the tar; more than once does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
     def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        self.close()
 
 
 def expand_shards(pattern: str, limit: int = 1_000_000) -> list[str]:

@@ -68,7 +68,10 @@ def make_tokenizer(config: TokenizerConfig, datasets: Sequence[Dataset] | None =
     makes the same one, and the folder appears whole. Raises `BadInput` for a folder that is no tokenizer and for a
     vocabulary too small for the bytes.
     """
-    opened = list(datasets) if datasets is not None else [open_dataset(s.path) for s in config.data.train_sources]
+    remote = config.data.remote
+    opened = (
+        list(datasets) if datasets is not None else [open_dataset(s.path, remote) for s in config.data.train_sources]
+    )
     origin = _origin(config.data, opened)
     folder = Path(config.run.dir) / "tokenizer"
     cached = _load_cached(folder, origin)

@@ -169,13 +169,19 @@ def index(
 @app.command(epilog="Example:  triptych data info datasets/photos")
 @exits_cleanly
 def info(
-    dataset: Annotated[Path, typer.Argument(help="Dataset folder.")],
+    dataset: Annotated[str, typer.Argument(help="Dataset folder, or its URL.")],
+    allow_private: Annotated[
+        bool, typer.Option("--allow-private", help="Allow a URL at a private, loopback or link-local address.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a dataset holds: counts, modalities, sizes, labels, speakers."""
     from data_pipelines import report
+    from data_pipelines.config import RemoteConfig
+    from data_pipelines.dataset import open_dataset
 
-    description = report.info(dataset)
+    remote = RemoteConfig(mode="range", allow_private_addresses=allow_private)
+    description = report.info(open_dataset(dataset, remote))
     if as_json:
         _print_json(description)
         return

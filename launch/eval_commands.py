@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def eval_command(
     target: Annotated[Path, typer.Argument(metavar="RUN|EXPORT", help="A run directory, or an exported folder.")],
     data: Annotated[
-        Path | None, typer.Option(metavar="DATASET", help="Dataset folder; default: data.eval of the training config.")
+        str | None,
+        typer.Option(metavar="DATASET", help="Dataset folder, or its URL; default: data.eval of the training config."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON to this file as well.")] = None,
@@ -43,12 +44,12 @@ def eval_command(
     Console().print(table(results))
 
 
-def evaluate_target(target: Path, data: Path | None = None) -> dict[str, Any]:
+def evaluate_target(target: Path, data: str | Path | None = None) -> dict[str, Any]:
     """The result of `pretrain.evaluate.evaluate`, and which weights and data it is of.
 
     Args:
         target: a run directory, whose newest valid checkpoint is taken, or an export.
-        data: dataset folder; None takes the evaluation data of the training config.
+        data: dataset folder, or its URL; None takes the evaluation data of the training config.
 
     Raises:
         BadInput: neither a run nor an export, no valid checkpoint, or no data.
@@ -69,17 +70,17 @@ def evaluate_target(target: Path, data: Path | None = None) -> dict[str, Any]:
         sources = restored.config.data.eval_sources
         if not sources:
             raise BadInput("--data: needed, since the training config names no data.eval")
-        given = open_dataset(sources[0].path)
+        given = open_dataset(sources[0].path, restored.config.data.remote)
     device = _device()
     restored.model.to(device)
-    say(f"evaluating {restored.source} on {given.path}: {len(given)} samples")
+    say(f"evaluating {restored.source} on {given.location}: {len(given)} samples")
     config = restored.config
     with tempfile.TemporaryDirectory(prefix="triptych-eval-") as notes:
         # The loader notes bad samples in the run's folder; the one in an export's config may be another machine's.
         here = config.model_copy(update={"run": config.run.model_copy(update={"dir": notes})})
         results = evaluate(restored.model, here, given, restored.tokenizer, device=device)
         _tell_bad_samples(Path(notes) / "quarantine.jsonl")
-    results["data"]["path"] = str(given.path)
+    results["data"]["path"] = given.location
     return results | {"step": restored.step, "checkpoint": str(restored.source)}
 
 

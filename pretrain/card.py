@@ -15,6 +15,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from data_pipelines.config import RemoteConfig
 from data_pipelines.dataset import open_dataset
 from data_pipelines.errors import BadInput
 from pretrain.config import Config
@@ -40,8 +41,8 @@ def write_card(
         license: the Hub's identifier of the weights' licence.
     """
     config, tokenizer, model = restored.config, restored.tokenizer, restored.model
-    trained = [_open(source.path, "training") for source in config.data.train_sources]
-    evaluated = [_open(source.path, "evaluation") for source in config.data.eval_sources]
+    trained = [_open(source.path, config.data.remote, "training") for source in config.data.train_sources]
+    evaluated = [_open(source.path, config.data.remote, "evaluation") for source in config.data.eval_sources]
     sources = [found for found, _, _ in trained + evaluated if found is not None]
     training = [found for found, _, _ in trained if found is not None]
     layout = prompts(tokenizer)
@@ -205,9 +206,9 @@ def _millions(number: int) -> str:
     )
 
 
-def _open(path: str, role: str) -> tuple[Provenance | None, dict[str, int], str]:
+def _open(path: str, remote: RemoteConfig, role: str) -> tuple[Provenance | None, dict[str, int], str]:
     try:
-        dataset = open_dataset(path)
+        dataset = open_dataset(path, remote)
         return count(dataset, role), licences(dataset) if role == "training" else {}, path
     except BadInput:
         return None, {}, f"{Path(path).name} ({role})"

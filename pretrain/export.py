@@ -195,7 +195,7 @@ def open_evaluation_data(config: Config, say: Callable[[str], None]) -> Dataset 
     if not config.data.eval_sources:
         return None
     try:
-        return open_dataset(config.data.eval_sources[0].path)
+        return open_dataset(config.data.eval_sources[0].path, config.data.remote)
     except BadInput as error:
         say(f"no reference values of the evaluation data: {error}")
         return None

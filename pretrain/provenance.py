@@ -75,9 +75,9 @@ def _built_from(folder: Path) -> str:
 def licences(dataset: Dataset) -> dict[str, int]:
     """What the samples' metadata say in fields whose names hold `license` or `licence`, most frequent first.
 
-    Empty for datasets of more than 200,000 samples, whose metadata would take long to read.
+    Empty for datasets of more than 200,000 samples, or behind a URL, whose metadata would take long to read.
     """
-    if len(dataset) > _MAX_METADATA:
+    if len(dataset) > _MAX_METADATA or not dataset.is_local:
         return {}
     found: Counter[str] = Counter()
     for i in range(len(dataset)):

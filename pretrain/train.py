@@ -122,8 +122,18 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
         if config.logging.tensorboard:
             callbacks.append(TensorBoard(run_dir / "tensorboard"))
         if config.data.eval is not None:
-            callbacks.append(Evaluation([open_dataset(source.path) for source in config.data.eval_sources], tokenizer))
-        trainer = Trainer(config, engine, run_dir, run_id, loader.samples_an_epoch, callbacks, loader.state)
+            evaluated = [open_dataset(source.path, config.data.remote) for source in config.data.eval_sources]
+            callbacks.append(Evaluation(evaluated, tokenizer))
+        trainer = Trainer(
+            config,
+            engine,
+            run_dir,
+            run_id,
+            loader.samples_an_epoch,
+            callbacks,
+            loader.state,
+            lambda: loader.remote_wait_seconds,
+        )
         trainer.step = step
         if engine.is_main and start is not None:
             print(f"resuming from {start} at step {step}", file=sys.stderr)

@@ -46,6 +46,7 @@ class Trainer:
         samples_an_epoch: int,
         callbacks: list[Callback],
         data_state: Callable[[int], dict[str, Any]],
+        remote_wait_seconds: Callable[[], float] = float,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -54,6 +55,7 @@ class Trainer:
         self.samples_an_epoch = samples_an_epoch
         self.callbacks = callbacks
         self.data_state = data_state
+        self.remote_wait_seconds = remote_wait_seconds
         self.step = 0
         self._stop_wanted = False
         self._deadline = Deadline(config.run.stop_before)
@@ -84,9 +86,9 @@ class Trainer:
         return not stopped
 
     def _one_step(self, batches: Iterator[dict[str, Any]]) -> tuple[StepRecord, bool]:
-        started = time.perf_counter()
+        started, remote_wait = time.perf_counter(), self.remote_wait_seconds()
         batch = next(batches)
-        data_wait = time.perf_counter() - started
+        data_wait, remote_wait = time.perf_counter() - started, self.remote_wait_seconds() - remote_wait
 
         micro_batches = split(batch, self.engine.accumulation)
         plans = [self.engine.model.plan(micro) for micro in micro_batches]
@@ -121,6 +123,7 @@ class Trainer:
             samples_per_second=global_batch / seconds,
             tokens_per_second=all_tokens / seconds,
             data_wait_fraction=data_wait / seconds,
+            remote_wait_seconds=remote_wait,
             step_seconds=seconds,
             rss_bytes=psutil.Process().memory_info().rss,
         )
@@ -235,6 +238,7 @@ FREE_SETTINGS = (
     "data.prefetch",
     "data.max_bad_rate",
     "data.max_bad_run",
+    "data.remote",
     "checkpoint",
     "evaluation",
     "logging",

@@ -155,7 +155,7 @@ def _probes(
         raise BadInput("--data: the export has no reference values of any dataset; verify without it")
     if recorded["fingerprint"] != dataset.fingerprint:
         raise BadInput(
-            f"--data {dataset.path}: not the data of the export's reference, {recorded['name']} "
+            f"--data {dataset.location}: not the data of the export's reference, {recorded['name']} "
             f"(fingerprint {recorded['fingerprint'][:12]}, here {dataset.fingerprint[:12]})"
         )
     data = load_config(folder / TRAINING_CONFIG).data

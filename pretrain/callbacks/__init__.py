@@ -28,6 +28,7 @@ class StepRecord:
     samples_per_second: float
     tokens_per_second: float
     data_wait_fraction: float
+    remote_wait_seconds: float
     step_seconds: float
     rss_bytes: int
 

@@ -26,6 +26,7 @@ _CHARTS = {
     "speed/samples_per_second": "samples_per_second",
     "speed/tokens_per_second": "tokens_per_second",
     "speed/data_wait_fraction": "data_wait_fraction",
+    "speed/remote_wait_seconds": "remote_wait_seconds",
     "memory/rss_bytes": "rss_bytes",
 }
 

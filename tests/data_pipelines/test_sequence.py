@@ -37,6 +37,17 @@ def test_one_source_is_the_order_epoch_after_epoch() -> None:
     assert made.samples_an_epoch == 100
 
 
+def test_the_shards_of_samples_are_those_they_lie_in_in_reading_order() -> None:
+    sizes = ([5, 0, 9, 3], [4, 4])
+    made = sequence(*sizes, weights=[2.0, 1.0], global_batch=6)
+    for step in range(12):
+        picked = made.batch(step)
+        owners = [np.repeat(np.arange(len(each)), each) for each in sizes]
+        pairs = zip(picked.source.tolist(), picked.sample.tolist(), strict=True)
+        assert made.shards(picked) == sorted({(source, int(owners[source][sample])) for source, sample in pairs})
+    assert made.shards(picked[np.array([], dtype=np.int64)]) == []
+
+
 def test_a_batch_larger_than_the_data_goes_round_it() -> None:
     ids = sequence([5], global_batch=16).batch(0)
     assert np.bincount(ids.sample, minlength=5).tolist() == [4, 3, 3, 3, 3] or ids.sample.size == 16
