@@ -17,13 +17,17 @@ from typing import Any
 
 from data_pipelines.atomic import atomic_file
 from data_pipelines.build_folder import BuildFolder
+from data_pipelines.config import BuildConfig, PrepareConfig
 from data_pipelines.dataset import ShardEntry, commit_shard, open_dataset, write_dataset
 from data_pipelines.engines import local
 from data_pipelines.errors import BadInput
-from data_pipelines.plan import Fault, Plan, make_plan, read_rows
+from data_pipelines.plan import Fault, Plan, describe_dropped, make_plan, read_rows
 from data_pipelines.progress import Progress
+from data_pipelines.reencode import library_versions
 from data_pipelines.shard import Sample
 from data_pipelines.sources import RowFault, Source, open_source
+from data_pipelines.sources.choose import open_joined
+from data_pipelines.sources.prepared import PreparedSource
 
 # A worker takes about a second to start.
 _ROWS_WORTH_A_WORKER = 1000
@@ -91,11 +95,17 @@ def build_dataset(
     name: str | None = None,
     seed: int = 0,
     progress: bool = True,
+    join: Sequence[str | Path] = (),
+    join_columns: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    prefix_keys: bool = False,
+    prepare: PrepareConfig | None = None,
 ) -> Path:
     """Build a dataset folder and return its path. Where the same build is done already, do nothing.
 
     Args:
-        source: a manifest (.csv, .jsonl, .parquet) or the name of an embedded source (`digits`).
+        source: a manifest (.csv, .jsonl, .parquet), a folder of files that share stems, tars (a file, a brace list, a
+            folder), `hf:` and a Hugging Face dataset, or the name of an embedded source (`digits`).
         out: the folder to write: new, empty, or holding the same build, finished or not.
         split: keep only the rows whose `split` is this.
         shard_size: samples a shard.
@@ -106,6 +116,11 @@ def build_dataset(
         name: the dataset's name, and the beginning of its shards' names.
         seed: of embedded sources, which draw at random.
         progress: tell on standard error how far the build is.
+        join: further sources, which add what they have for the keys of the first.
+        join_columns: as `columns`, for joined sources.
+        streaming: read a Hugging Face dataset as a stream.
+        prefix_keys: put the tar's name before each key, for tars that repeat theirs.
+        prepare: what is left out, cleaned and written anew.
 
     Raises:
         BadInput: source, options, a row (`on_error="fail"`) or the folder is wrong. Complete shards are kept.
@@ -120,14 +135,21 @@ def build_dataset(
         raise BadInput(f"on-error {on_error!r}: give fail or skip")
     if name is not None and not _NAME.fullmatch(name):
         raise BadInput(f"name {name!r}: give up to 64 letters, digits, '-', '_' and '.', a letter or digit first")
+    allowed = tuple(_allowed_folder(folder) for folder in allow)
     opened = open_source(
         str(source),
         split=split,
         columns=dict(columns or {}),
-        allowed=tuple(_allowed_folder(folder) for folder in allow),
+        allowed=allowed,
         seed=seed,
+        streaming=streaming,
+        prefix_keys=prefix_keys,
     )
-    build = _Build(opened, name, shard_size, on_error == "skip", workers)
+    opened = open_joined(opened, [str(other) for other in join], columns=dict(join_columns or {}), allowed=allowed)
+    prepare = prepare or PrepareConfig()
+    if prepare != PrepareConfig():
+        opened = PreparedSource(opened, prepare)
+    build = _Build(opened, name, shard_size, on_error == "skip", workers, prepare.reencoded)
     with Progress(f"building {out}", "samples", quiet=not progress) as shown:
         try:
             build.into(BuildFolder(Path(out)), shown)
@@ -136,6 +158,11 @@ def build_dataset(
                 raise
             raise BadInput(f"{error.filename or out}: {error.strerror}; complete shards are kept") from error
     return Path(out)
+
+
+def build_configured(wanted: BuildConfig) -> Path:
+    """`build_dataset` for one entry of a config's `data.build`."""
+    return build_dataset(**{name: getattr(wanted, name) for name in type(wanted).model_fields})
 
 
 def _allowed_folder(folder: str | Path) -> Path:
@@ -151,18 +178,19 @@ class _Build:
     shard_size: int
     skip_faults: bool
     workers: int | None
+    reencoded: dict[str, Any]
 
     def into(self, folder: BuildFolder, progress: Progress) -> None:
         folder.refuse_other_content()
         if folder.is_finished():
             # A look alone, which needs neither the lock nor the right to write.
-            plan = self._plan(None)
+            plan = self._plan(folder, None, progress.quiet)
             if self._is_done(folder, plan, progress):
                 return
         with folder.locked(progress.say):
             folder.refuse_other_content()
             try:
-                plan = self._plan(folder.plan_file)
+                plan = self._plan(folder, folder.plan_file, progress.quiet)
                 if folder.is_finished() and self._is_done(folder, plan, progress):
                     folder.remove_work()
                     return
@@ -172,15 +200,20 @@ class _Build:
                 folder.remove_half_written()
                 raise
 
-    def _plan(self, file: Path | None) -> Plan:
-        return make_plan(
-            self.source,
-            name=self._dataset_name,
-            prefix=re.sub(r"[^\w-]+", "-", self.name or self.source.shard_prefix, flags=re.ASCII).strip("-") or "shard",
-            shard_size=self.shard_size,
-            skip_faults=self.skip_faults,
-            file=file,
-        )
+    def _plan(self, folder: BuildFolder, file: Path | None, quiet: bool) -> Plan:
+        prefix = re.sub(r"[^\w-]+", "-", self.name or self.source.shard_prefix, flags=re.ASCII).strip("-")
+        with Progress(f"planning {folder.path}", "rows", quiet=quiet) as shown:
+            shown.start(0)
+            return make_plan(
+                self.source,
+                name=self._dataset_name,
+                prefix=prefix or "shard",
+                shard_size=self.shard_size,
+                skip_faults=self.skip_faults,
+                file=file,
+                settings=self.reencoded,
+                tick=shown.advance,
+            )
 
     @property
     def _dataset_name(self) -> str:
@@ -188,7 +221,12 @@ class _Build:
 
     def _record(self, plan: Plan) -> dict[str, Any]:
         sizes = {"num_rows": plan.num_rows, "num_shards": len(plan.shard_sizes), "shard_size": self.shard_size}
-        return {"name": self._dataset_name, "source": self.source.identity(), **sizes}
+        record = {"name": self._dataset_name, "source": self.source.identity(), **sizes}
+        if plan.dropped or plan.changed:
+            record |= {"dropped": plan.dropped, "changed": plan.changed}
+        if self.reencoded:
+            record |= {"reencoded": self.reencoded, "written_with": library_versions()}
+        return record
 
     def _is_done(self, folder: BuildFolder, plan: Plan, progress: Progress) -> bool:
         """Whether the finished build there is this one, and whole. Raises `BadInput` when it is another one."""
@@ -203,6 +241,10 @@ class _Build:
     def _make_shards(self, folder: BuildFolder, plan: Plan, progress: Progress) -> None:
         for note in plan.notes:
             progress.say(f"note: {note}")
+        if plan.dropped:
+            progress.say(f"{folder.path}: {describe_dropped(plan.dropped)}")
+        if plan.changed:
+            progress.say(f"{folder.path}: {plan.changed['text']} texts cleaned")
         entries: dict[str, ShardEntry] = {}
         tasks: list[ShardTask] = []
         for number in range(len(plan.shard_sizes)):
@@ -239,7 +281,8 @@ class _Build:
         if not kept:
             raise BadInput(f"{self.source.label}: no row gives a sample; the first: {faults[0].line.detail}")
         folder.write_quarantine([fault.line for fault in faults])
-        write_dataset(folder.path, self._dataset_name, kept)
+        present = {name for shard in kept for name, count in shard.modalities.items() if count}
+        write_dataset(folder.path, self._dataset_name, kept, [name for name in self.reencoded if name in present])
         folder.remove_work()
         total = sum(shard.num_samples for shard in kept)
         bad_rows = "1 bad row is" if len(faults) == 1 else f"{len(faults)} bad rows are"
