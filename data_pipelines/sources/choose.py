@@ -53,7 +53,9 @@ def open_source(
     if kind == "hf":
         from data_pipelines.sources.huggingface import open_huggingface
 
-        return open_huggingface(target, split=split, columns=columns or {}, allowed=allowed, streaming=streaming)
+        return open_huggingface(
+            target, split=split, columns=columns or {}, allowed=allowed, streaming=streaming, is_partial=is_partial
+        )
     if kind == "tars":
         from data_pipelines.sources.tars import open_tars
 

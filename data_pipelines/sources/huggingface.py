@@ -34,7 +34,8 @@ class HuggingFaceSource:
     """The dataset `name`: an absolute path, or a name on the Hub with `config` and `revision`.
 
     `columns` are pairs of a name of ours and one of the dataset's. `allowed` are folders, beside the dataset's own and
-    the cache of `datasets`, in which files that its rows name may lie.
+    the cache of `datasets`, in which files that its rows name may lie. With `is_partial`, rows may have metadata alone:
+    another source has the rest.
     """
 
     name: str
@@ -44,6 +45,7 @@ class HuggingFaceSource:
     columns: tuple[tuple[str, str], ...] = ()
     allowed: tuple[Path, ...] = ()
     streaming: bool = False
+    is_partial: bool = False
 
     @property
     def label(self) -> str:
@@ -141,12 +143,12 @@ class HuggingFaceSource:
         for modality, typed in (("image", found.images), ("audio", found.sounds)):
             if modality not in named and len(typed) == 1 and typed[0] not in named.values():
                 named[modality] = typed[0]
-        if not any(member in named for member in ("image", "text", "audio")):
+        if not self.is_partial and not any(member in named for member in ("image", "text", "audio")):
             raise BadInput(f"{self.label}: no image, text or audio among the columns {listed}; name one with --column")
         return found.chosen(named, {name: column for name, column in mapping.items() if name not in _MEANINGFUL})
 
     def _notes(self, found: Columns, chosen: Columns) -> Iterator[Note]:
-        if "text" not in chosen.named:
+        if "text" not in chosen.named and not self.is_partial:
             near = [name for name in found.names if name in ("caption", "captions", "transcript", "transcription")]
             hint = f"; if {near[0]!r} is it, add --column text={near[0]}" if near else ""
             yield Note(f"{self.label}: no column 'text'{hint}")
@@ -163,7 +165,7 @@ class HuggingFaceSource:
 
         if key is None:
             return fault("id", "key", f"no {columns.named['id']!r}: every row needs an id")
-        problem = id_problem(key)
+        problem = None if self.is_partial else id_problem(key)
         if problem is not None:
             hint = "; --column id=COLUMN takes another column"
             return fault("id", "key", f"the id {key!r} cannot be a sample's key: {problem}{hint}")
@@ -174,7 +176,7 @@ class HuggingFaceSource:
         if text is not None and (problem := text_problem(text)):
             return fault("text", "text", f"text {problem}")
         image, audio = (reference if named.get(name) is not None else None for name in ("image", "audio"))
-        if text is None and image is None and audio is None:
+        if not self.is_partial and text is None and image is None and audio is None:
             return fault(None, "empty", "no image, no text and no audio: nothing to learn from")
         metadata = {name: plain(cells[column]) for name, column in columns.metadata if cells.get(column) is not None}
         if isinstance(metadata.get("label"), int) and columns.label_names is not None:
@@ -203,16 +205,22 @@ def _read_remote(path: str, modality: str) -> bytes:
 
 
 def open_huggingface(
-    target: str, *, split: str | None, columns: dict[str, str], allowed: tuple[Path, ...], streaming: bool
+    target: str,
+    *,
+    split: str | None,
+    columns: dict[str, str],
+    allowed: tuple[Path, ...],
+    streaming: bool,
+    is_partial: bool = False,
 ) -> HuggingFaceSource:
     """The dataset at a path, or the one that a Hub name (`ORG/NAME:CONFIG@REVISION`) stands for. Raises `BadInput`."""
-    pairs = tuple(sorted(columns.items()))
+    settings = (split, tuple(sorted(columns.items())), allowed, streaming, is_partial)
     path = Path(target)
     if path.exists():
         if not path.is_dir():
             raise BadInput(f"hf:{target}: not a folder; give a saved dataset, or a folder of data files")
-        return HuggingFaceSource(str(path.resolve()), None, None, split, pairs, allowed, streaming)
+        return HuggingFaceSource(str(path.resolve()), None, None, *settings)
     match = _HUB_NAME.fullmatch(target)
     if match is None or target.startswith((".", "/")):
         raise BadInput(f"hf:{target}: no such folder, and no name on the Hub (ORG/NAME, ORG/NAME:CONFIG@REVISION)")
-    return HuggingFaceSource(match["name"], match["config"], match["revision"], split, pairs, allowed, streaming)
+    return HuggingFaceSource(match["name"], match["config"], match["revision"], *settings)

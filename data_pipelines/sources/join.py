@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from data_pipelines.errors import BadInput
 from data_pipelines.shard import Sample
@@ -78,25 +78,23 @@ class JoinedSource:
 
     def read(self, row: Row) -> Sample:
         """The row's members from wherever they are. Raises `RowFault`."""
-        image, audio = self._part(row, "image"), self._part(row, "audio")
+        images, sounds = (json.loads(ref) if ref is not None else (-1, None) for ref in (row.image, row.audio))
+        parts: dict[int, Sample] = {}
+        for number in sorted({number for number, _ in (images, sounds) if number >= 0}):
+            image = images[1] if images[0] == number else None
+            audio = sounds[1] if sounds[0] == number else None
+            own = replace(row, image=image, text=None, audio=audio, metadata={})
+            parts[number] = self.sources[number].read(own)
+        with_image, with_audio = parts.get(images[0]), parts.get(sounds[0])
         return Sample(
             key=row.key,
-            image=image.image if image else None,
+            image=with_image.image if with_image else None,
             text=row.text,
-            audio=audio.audio if audio else None,
+            audio=with_audio.audio if with_audio else None,
             metadata=row.metadata,
-            image_extension=image.image_extension if image else "jpg",
-            audio_extension=audio.audio_extension if audio else "wav",
+            image_extension=with_image.image_extension if with_image else "jpg",
+            audio_extension=with_audio.audio_extension if with_audio else "wav",
         )
-
-    def _part(self, row: Row, modality: Literal["image", "audio"]) -> Sample | None:
-        """The image or the sound alone, in a sample of the source that has it."""
-        reference = row.image if modality == "image" else row.audio
-        if reference is None:
-            return None
-        number, own = json.loads(reference)
-        image, audio = (own, None) if modality == "image" else (None, own)
-        return self.sources[number].read(replace(row, image=image, text=None, audio=audio, metadata={}))
 
     def _merge(self, row: Row, parts: list[tuple[int, Row]]) -> Row | RowFault:
         merged: dict[str, str | None] = {}

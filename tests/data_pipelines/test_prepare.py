@@ -142,6 +142,7 @@ def test_members_are_written_anew(tmp_path: Path) -> None:
     assert open_dataset(build(texts, tmp_path / "texts", {"audio_rate": 16_000})).reencoded == ()
 
 
+@pytest.mark.timeout(300)
 def test_any_number_of_workers_and_any_retry_give_the_same_bytes(tmp_path: Path) -> None:
     manifest = write_csv(tmp_path / "raw" / "m.csv", write_files(tmp_path / "raw", 12))
     one = build(manifest, tmp_path / "one", ALL)

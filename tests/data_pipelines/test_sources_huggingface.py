@@ -87,7 +87,7 @@ def test_a_saved_dataset(tmp_path: Path, streaming: bool) -> None:
     assert (recorded["kind"], recorded["dataset"], recorded["streaming"]) == ("huggingface", "saved", streaming)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_two_workers_give_the_same_bytes(tmp_path: Path) -> None:
     make(8).save_to_disk(tmp_path / "saved")
     one, two = (
@@ -231,3 +231,20 @@ def test_a_name_on_the_hub() -> None:
     # Tests run without a network.
     with pytest.raises(BadInput, match=r"hf:my-lab/birds: cannot be opened \(\w+: "):
         list(source.rows())
+
+
+def test_joined_to_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for n in range(4):
+        (tmp_path / "raw" / f"{n}.txt").write_text(f"text {n}")
+    names = [str(n) for n in range(4)]
+    make(4).remove_columns(["text"]).add_column("id", names).save_to_disk(tmp_path / "media")
+    table = datasets.Dataset.from_dict({"id": names, "speaker": ["s"] * 4})
+    table.save_to_disk(tmp_path / "table")
+    out = build_dataset(
+        tmp_path / "raw", tmp_path / "out", join=[tmp_path / "media", tmp_path / "table"], progress=False
+    )
+    dataset = open_dataset(out)
+    assert [dataset[n].image for n in range(4)] == [None, image(1), image(2), image(3)]
+    assert [dataset[n].audio for n in range(4)] == [None, sound(1), sound(2), None]
+    assert {dataset[n].metadata["speaker"] for n in range(4)} == {"s"}

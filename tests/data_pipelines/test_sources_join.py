@@ -93,6 +93,7 @@ def test_faults_name_the_source_they_are_in(tmp_path: Path, images: Path) -> Non
         build_dataset(images, tmp_path / "out", join_columns={"id": "x"}, progress=False)
 
 
+@pytest.mark.timeout(300)
 def test_two_workers_give_the_same_bytes(tmp_path: Path) -> None:
     records = write_files(tmp_path / "raw", 9)
     parts = {

@@ -75,6 +75,7 @@ def test_one_tar_and_a_dataset_of_ours(tmp_path: Path, make_dataset: Callable[..
     assert open_dataset(same).fingerprint == before.fingerprint
 
 
+@pytest.mark.timeout(300)
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
     write_tar(tmp_path / "old" / "a.tar", samples(0, 9))
     one, two = (
