@@ -107,7 +107,7 @@ def build_dataset(
         source: a manifest (.csv, .jsonl, .parquet), a folder of files that share stems, tars (a file, a brace list, a
             folder), `hf:` and a Hugging Face dataset, or the name of an embedded source (`digits`).
         out: the folder to write: new, empty, or holding the same build, finished or not.
-        split: keep only the rows whose `split` is this.
+        split: keep a manifest's rows with this in `split`, or this split of a Hugging Face dataset.
         shard_size: samples a shard.
         workers: processes; by default one a core, fewer for little work. The bytes do not depend on it.
         columns: our name -> the manifest's column, for `id`, `image`, `text`, `audio`, `split` and metadata.

@@ -100,7 +100,9 @@ class BuildConfig(Settings):
         "the embedded source `digits`."
     )
     out: str = Field(description="Dataset folder to write.")
-    split: str | None = Field(None, description="Keep only the rows whose `split` column has this value.")
+    split: str | None = Field(
+        None, description="Keep this split: a manifest's rows with it in `split`, or a Hugging Face dataset's."
+    )
     shard_size: PositiveInt = Field(1000, description="Samples a shard.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our name for a column and the source's, for example {image: img_path}."

@@ -59,7 +59,10 @@ def build(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Dataset folder to write: new, empty, or holding this same build.")
     ],
-    split: Annotated[str | None, typer.Option(help="Keep the rows whose `split` column has this value.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Keep this split: a manifest's rows with it in `split`, or a Hugging Face dataset's."),
+    ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; by default one a core. The bytes do not depend on it.")

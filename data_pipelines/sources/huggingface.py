@@ -19,7 +19,7 @@ from data_pipelines.errors import BadInput
 from data_pipelines.shard import Sample
 from data_pipelines.sources.cells import clean_text, id_problem, key_of, label_of, metadata_problem, text_problem
 from data_pipelines.sources.files import FileFault, extension_of, make_sample, read_file
-from data_pipelines.sources.huggingface_rows import Cells, Columns, Rows, open_rows
+from data_pipelines.sources.huggingface_rows import Cells, Columns, Rows, explained, open_rows
 from data_pipelines.sources.records import plain
 from data_pipelines.sources.source import Item, Note, Row, RowFault
 from data_pipelines.tar import MAX_MEMBER_BYTES
@@ -73,7 +73,13 @@ class HuggingFaceSource:
         opened, columns = self._opened, self._columns
         first_seen: dict[str, int] = {}
         number = 0
-        for reference, cells in opened.walk(columns):
+        walk = opened.walk(columns)
+        while True:
+            with explained(self):
+                found = next(walk, None)
+            if found is None:
+                break
+            reference, cells = found
             number += 1
             item = self._row(number, reference, cells, columns)
             if isinstance(item, Row) and item.key in first_seen:
@@ -90,7 +96,8 @@ class HuggingFaceSource:
         """The row's members, byte for byte. Raises `RowFault`."""
         opened, columns = self._opened, self._columns
         reference = row.image if row.image is not None else row.audio
-        cells = {} if reference is None else opened.read(reference, columns)
+        with explained(self):
+            cells = {} if reference is None else opened.read(reference, columns)
         members: dict[str, tuple[bytes, str] | None] = {}
         for modality, there in (("image", row.image), ("audio", row.audio)):
             members[modality] = None

@@ -202,29 +202,35 @@ def open_rows(source: HuggingFaceSource) -> Rows:
     def opener() -> Any:
         return _choose_split(source, _load(source)).decode(False)
 
-    with _reported(source):
+    with explained(source), _without_bars(), _worker_without_torch():
         if not source.streaming:
             return _TableRows(_choose_split(source, _load(source)), folders)
         return _StreamRows(opener, folders)
 
 
 @contextmanager
-def _reported(source: HuggingFaceSource) -> Iterator[None]:
-    """Turn what `datasets` raises into one line, and keep its progress bars to itself."""
-    import datasets
-
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+def explained(source: HuggingFaceSource) -> Iterator[None]:
+    """Turn what `datasets` raises into one line."""
     try:
-        with _worker_without_torch():
-            yield
+        yield
     except (BadInput, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - there is no list of what it raises
         first = next(iter(str(error).splitlines()), "")
-        raise BadInput(f"{source.label}: cannot be opened ({type(error).__name__}: {first})") from error
+        raise BadInput(f"{source.label}: cannot be read ({type(error).__name__}: {first})") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the progress bars of `datasets` to itself."""
+    import datasets
+
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
     finally:
-        if not bars:
+        if not were_off:
             datasets.enable_progress_bars()
 
 

@@ -215,9 +215,13 @@ def test_paths_in_a_dataset_do_not_lead_out(tmp_path: Path) -> None:
 
 def test_names_that_are_no_dataset(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    make(3).save_to_disk(tmp_path / "cut")
+    (file,) = (tmp_path / "cut").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:700])
     for name, message in (
+        (f"hf:{tmp_path}/cut", r"cut: cannot be read \(\w+: "),
         (f"hf:{tmp_path}/none", "no such folder, and no name on the Hub"),
-        (f"hf:{tmp_path}/empty", "cannot be opened"),
+        (f"hf:{tmp_path}/empty", "cannot be read"),
         ("hf:a/b/c", "no such folder, and no name on the Hub"),
     ):
         with pytest.raises(BadInput, match=message):
@@ -229,7 +233,7 @@ def test_a_name_on_the_hub() -> None:
     assert (source.name, source.config, source.revision) == ("my-lab/birds", "small", "v1.0")
     assert (source.default_name, source.shard_prefix) == ("birds-train", "train")
     # Tests run without a network.
-    with pytest.raises(BadInput, match=r"hf:my-lab/birds: cannot be opened \(\w+: "):
+    with pytest.raises(BadInput, match=r"hf:my-lab/birds: cannot be read \(\w+: "):
         list(source.rows())
 
 
