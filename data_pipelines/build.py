@@ -19,14 +19,18 @@ from typing import Any
 from data_pipelines import build_array
 from data_pipelines.atomic import atomic_file
 from data_pipelines.build_folder import BuildFolder
+from data_pipelines.config import BuildConfig, PrepareConfig
 from data_pipelines.dataset import ShardEntry, commit_shard, open_dataset, write_dataset
 from data_pipelines.engines import local
 from data_pipelines.engines.slurm import SlurmOptions
 from data_pipelines.errors import BadInput
-from data_pipelines.plan import Fault, Plan, make_plan, read_rows
+from data_pipelines.plan import Fault, Plan, describe_dropped, make_plan, read_rows
 from data_pipelines.progress import Progress
+from data_pipelines.reencode import library_versions
 from data_pipelines.shard import Sample
 from data_pipelines.sources import RowFault, Source, open_source
+from data_pipelines.sources.choose import open_joined
+from data_pipelines.sources.prepared import PreparedSource
 
 # A worker takes about a second to start.
 _ROWS_WORTH_A_WORKER = 1000
@@ -101,13 +105,19 @@ def build_dataset(
     seed: int = 0,
     progress: bool = True,
     slurm: SlurmOptions | None = None,
+    join: Sequence[str | Path] = (),
+    join_columns: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    prefix_keys: bool = False,
+    prepare: PrepareConfig | None = None,
 ) -> Path:
     """Build a dataset folder and return its path. Where the same build is done already, do nothing.
 
     Args:
-        source: a manifest (.csv, .jsonl, .parquet) or the name of an embedded source (`digits`).
+        source: a manifest (.csv, .jsonl, .parquet), a folder of files that share stems, tars (a file, a brace list, a
+            folder), `hf:` and a Hugging Face dataset, or the name of an embedded source (`digits`).
         out: the folder to write: new, empty, or holding the same build, finished or not.
-        split: keep only the rows whose `split` is this.
+        split: keep a manifest's rows with this in `split`, or this split of a Hugging Face dataset.
         shard_size: samples a shard.
         workers: processes; by default one a core, fewer for little work. The bytes do not depend on it.
         columns: our name -> the manifest's column, for `id`, `image`, `text`, `audio`, `split` and metadata.
@@ -118,6 +128,11 @@ def build_dataset(
         progress: tell on standard error how far the build is.
         slurm: build on a Slurm cluster, and not in processes of this machine. Any part of the build may have been done
             by the other engine. Without `slurm.wait` the dataset is not there yet when this returns.
+        join: further sources, which add what they have for the keys of the first.
+        join_columns: as `columns`, for joined sources.
+        streaming: read a Hugging Face dataset as a stream.
+        prefix_keys: put the tar's name before each key, for tars that repeat theirs.
+        prepare: what is left out, cleaned and written anew.
 
     Raises:
         BadInput: source, options, a row (`on_error="fail"`) or the folder is wrong. Complete shards are kept.
@@ -132,16 +147,23 @@ def build_dataset(
         raise BadInput(f"on-error {on_error!r}: give fail or skip")
     if name is not None and not _NAME.fullmatch(name):
         raise BadInput(f"name {name!r}: give up to 64 letters, digits, '-', '_' and '.', a letter or digit first")
+    allowed = tuple(_allowed_folder(folder) for folder in allow)
     opened = open_source(
         str(source),
         split=split,
         columns=dict(columns or {}),
-        allowed=tuple(_allowed_folder(folder) for folder in allow),
+        allowed=allowed,
         seed=seed,
+        streaming=streaming,
+        prefix_keys=prefix_keys,
     )
     if slurm is not None:
         slurm.check()
-    build = _Build(opened, name, shard_size, on_error == "skip", workers, slurm)
+    opened = open_joined(opened, [str(other) for other in join], columns=dict(join_columns or {}), allowed=allowed)
+    prepare = prepare or PrepareConfig()
+    if prepare != PrepareConfig():
+        opened = PreparedSource(opened, prepare)
+    build = _Build(opened, name, shard_size, on_error == "skip", workers, prepare.reencoded, slurm)
     with Progress(f"building {out}", "samples", quiet=not progress) as shown:
         try:
             build.into(BuildFolder(Path(out)), shown)
@@ -150,6 +172,11 @@ def build_dataset(
                 raise
             raise BadInput(f"{error.filename or out}: {error.strerror}; complete shards are kept") from error
     return Path(out)
+
+
+def build_configured(wanted: BuildConfig) -> Path:
+    """`build_dataset` for one entry of a config's `data.build`."""
+    return build_dataset(**{name: getattr(wanted, name) for name in type(wanted).model_fields})
 
 
 def _allowed_folder(folder: str | Path) -> Path:
@@ -165,13 +192,14 @@ class _Build:
     shard_size: int
     skip_faults: bool
     workers: int | None
+    reencoded: dict[str, Any]
     slurm: SlurmOptions | None = None
 
     def into(self, folder: BuildFolder, progress: Progress) -> None:
         folder.refuse_other_content()
         if folder.is_finished():
             # A look alone, which needs neither the lock nor the right to write.
-            plan = self._plan(None)
+            plan = self._plan(folder, None, progress.quiet)
             if self._is_done(folder, plan, progress):
                 return
         with folder.locked(progress.say):
@@ -183,14 +211,13 @@ class _Build:
                     "or cancel them"
                 )
             try:
-                plan = self._plan(folder.new_plan_file)
+                plan = self._plan(folder, folder.new_plan_file, progress.quiet)
                 if not jobs and folder.is_finished() and self._is_done(folder, plan, progress):
                     folder.remove_work()
                     return
                 folder.claim(plan.sha256, self._record(plan))
                 folder.keep_plan()
-                for note in plan.notes:
-                    progress.say(f"note: {note}")
+                _say_plan(folder.path, plan, progress)
                 if self.slurm is None:
                     self._make_shards(folder, plan, progress)
                     return
@@ -208,15 +235,20 @@ class _Build:
             folder, plan, functools.partial(finish_build, self, plan, folder.path), self.slurm.wait, progress
         )
 
-    def _plan(self, file: Path | None) -> Plan:
-        return make_plan(
-            self.source,
-            name=self._dataset_name,
-            prefix=re.sub(r"[^\w-]+", "-", self.name or self.source.shard_prefix, flags=re.ASCII).strip("-") or "shard",
-            shard_size=self.shard_size,
-            skip_faults=self.skip_faults,
-            file=file,
-        )
+    def _plan(self, folder: BuildFolder, file: Path | None, quiet: bool) -> Plan:
+        prefix = re.sub(r"[^\w-]+", "-", self.name or self.source.shard_prefix, flags=re.ASCII).strip("-")
+        with Progress(f"planning {folder.path}", "rows", quiet=quiet) as shown:
+            shown.start(0)
+            return make_plan(
+                self.source,
+                name=self._dataset_name,
+                prefix=prefix or "shard",
+                shard_size=self.shard_size,
+                skip_faults=self.skip_faults,
+                file=file,
+                settings=self.reencoded,
+                tick=shown.advance,
+            )
 
     @property
     def _dataset_name(self) -> str:
@@ -224,7 +256,12 @@ class _Build:
 
     def _record(self, plan: Plan) -> dict[str, Any]:
         sizes = {"num_rows": plan.num_rows, "num_shards": len(plan.shard_sizes), "shard_size": self.shard_size}
-        return {"name": self._dataset_name, "source": self.source.identity(), **sizes}
+        record = {"name": self._dataset_name, "source": self.source.identity(), **sizes}
+        if plan.dropped or plan.changed:
+            record |= {"dropped": plan.dropped, "changed": plan.changed}
+        if self.reencoded:
+            record |= {"reencoded": self.reencoded, "written_with": library_versions()}
+        return record
 
     def _is_done(self, folder: BuildFolder, plan: Plan, progress: Progress) -> bool:
         """Whether the finished build there is this one, and whole. Raises `BadInput` when it is another one."""
@@ -289,7 +326,8 @@ class _Build:
         if not kept:
             raise BadInput(f"{self.source.label}: no row gives a sample; the first: {faults[0].line.detail}")
         folder.write_quarantine([fault.line for fault in faults])
-        write_dataset(folder.path, self._dataset_name, kept)
+        present = {name for shard in kept for name, count in shard.modalities.items() if count}
+        write_dataset(folder.path, self._dataset_name, kept, [name for name in self.reencoded if name in present])
         folder.remove_work()
         _say_result(folder.path, progress)
 
@@ -313,6 +351,15 @@ def _finish_after_array(build: _Build, plan: Plan, path: Path) -> str | None:
     with Progress("", "", quiet=True) as quiet:
         missing = finish_build(build, plan, path, quiet)
     return f"{path}: {len(missing)} shards are not built ({missing[0]}, ...)" if missing else None
+
+
+def _say_plan(path: Path, plan: Plan, progress: Progress) -> None:
+    for note in plan.notes:
+        progress.say(f"note: {note}")
+    if plan.dropped:
+        progress.say(f"{path}: {describe_dropped(plan.dropped)}")
+    if plan.changed:
+        progress.say(f"{path}: {plan.changed['text']} texts cleaned")
 
 
 def _say_result(path: Path, progress: Progress) -> None:

@@ -66,8 +66,8 @@ class BuildFolder:
         if recorded != plan_sha256:
             what = "a dataset" if self.is_finished() else "an unfinished build"
             raise BadInput(
-                f"{self.path}: holds {what} made of other rows, or with another name, split, seed or shard size; "
-                "delete the folder, or give another --out"
+                f"{self.path}: holds {what} made of other rows, or with another name, split, seed, shard size or "
+                "preparation; delete the folder, or give another --out"
             )
 
     @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -29,13 +29,96 @@ class SourceConfig(Settings):
     epochs: float | None = Field(None, gt=0, description="Or how often it is gone through, relative to others.")
 
 
+class PrepareConfig(Settings):
+    """What a build leaves out, cleans and writes anew. Everything is off by default: members keep their own bytes."""
+
+    require: list[Literal["image", "text", "audio"]] = Field(
+        default_factory=list, description="Leave out rows that lack one of these."
+    )
+    keep: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="Metadata field and the values to keep, for example {language: [en, de]}; other rows go.",
+    )
+    min_image_side: PositiveInt | None = Field(
+        None, description="Leave out rows whose image is shorter than this on one side, in pixels."
+    )
+    max_seconds: float | None = Field(None, gt=0, description="Leave out rows with a longer sound.")
+    clean_text: bool = Field(
+        False, description="Texts in Unicode NFC, on one line, without control characters or double spaces."
+    )
+    strip_html: bool = Field(False, description="Take HTML tags and entities out of texts first; implies clean_text.")
+    dedup: list[str] = Field(
+        default_factory=list,
+        description="Leave out rows whose member came before, byte for byte: `image`, `audio`, `text`, or some of them "
+        "together, such as `image+text`.",
+    )
+    dedup_images: int | None = Field(
+        None,
+        ge=0,
+        le=16,
+        description="Leave out rows whose image looks like one before: at most this many of the 64 bits of its "
+        "perceptual hash differ.",
+    )
+    audio_rate: int | None = Field(
+        None, ge=1000, le=655_350, description="Write sounds as mono FLAC of this many samples a second."
+    )
+    image_side: PositiveInt | None = Field(
+        None, description="Scale images down to this many pixels on the longer side."
+    )
+    image_format: Literal["jpeg", "png", "webp"] | None = Field(
+        None, description="Write all images in this format; null keeps their own."
+    )
+
+    @field_validator("dedup")
+    @classmethod
+    def _are_members(cls, names: list[str]) -> list[str]:
+        for name in names:
+            members = name.split("+")
+            if len(set(members)) != len(members) or not set(members) <= {"image", "text", "audio"}:
+                raise ValueError(f"{name!r}: give image, text, audio, or some of them joined by '+'")
+        return names
+
+    @property
+    def reencoded(self) -> dict[str, dict[str, int | str | None]]:
+        """What members are made of, beside their source: settings by modality, for those that are written anew."""
+        text = {"clean_text": "html" if self.strip_html else "plain"} if self.clean_text or self.strip_html else {}
+        image = {"max_side": self.image_side, "format": self.image_format}
+        found: dict[str, dict[str, int | str | None]] = {}
+        if self.image_side is not None or self.image_format is not None:
+            found["image"] = {**image}
+        if text:
+            found["text"] = {**text}
+        if self.audio_rate is not None:
+            found["audio"] = {"format": "flac", "sampling_rate": self.audio_rate}
+        return found
+
+
 class BuildConfig(Settings):
     """One dataset that a run builds before it starts, unless it is there already."""
 
-    source: str = Field(description="Manifest file (.csv, .jsonl, .parquet) or the embedded source `digits`.")
+    source: str = Field(
+        description="Manifest (.csv, .jsonl, .parquet), folder of files, tars, `hf:` and a Hugging Face dataset, or "
+        "the embedded source `digits`."
+    )
     out: str = Field(description="Dataset folder to write.")
-    split: str | None = Field(None, description="Keep only the rows whose `split` column has this value.")
+    split: str | None = Field(
+        None, description="Keep this split: a manifest's rows with it in `split`, or a Hugging Face dataset's."
+    )
     shard_size: PositiveInt = Field(1000, description="Samples a shard.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our name for a column and the source's, for example {image: img_path}."
+    )
+    allow: list[str] = Field(default_factory=list, description="Further folders that the source's files may lie in.")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="A bad row ends the build, or goes to quarantine.jsonl."
+    )
+    join: list[str] = Field(default_factory=list, description="Further sources that add what they have for a key.")
+    join_columns: dict[str, str] = Field(default_factory=dict, description="The same as `columns`, of joined sources.")
+    streaming: bool = Field(False, description="Read a Hugging Face dataset as a stream.")
+    prefix_keys: bool = Field(False, description="Put the tar's name before each key, for tars that repeat theirs.")
+    prepare: PrepareConfig = Field(
+        default_factory=PrepareConfig, description="What is left out, cleaned and written anew."
+    )
 
 
 class ImageConfig(Settings):

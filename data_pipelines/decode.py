@@ -14,6 +14,7 @@ import io
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -271,12 +272,8 @@ def load_audio(data: bytes, config: AudioConfig) -> npt.NDArray[np.float32]:
         raise DecodeError("size", f"a sound of {len(data)} bytes, more than {MAX_AUDIO_BYTES}")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as sound:
-            rate, channels, declared, kind = sound.samplerate, sound.channels, sound.frames, sound.format
-            if not MIN_RATE <= rate <= MAX_RATE or not 1 <= channels <= MAX_CHANNELS:
-                raise DecodeError("size", f"{channels} channels at {rate} Hz, outside what is read")
-            if declared > config.max_declared_seconds * rate:
-                limit = config.max_declared_seconds
-                raise DecodeError("size", f"declares {declared / rate:.0f} s, more than {limit:g} s")
+            _check_declared(sound, config.max_declared_seconds)
+            rate, declared, kind = sound.samplerate, sound.frames, sound.format
             wanted = min(declared, math.ceil(config.max_seconds * rate))
             wave = _read_mono(sound, wanted)
     except (DecodeError, MemoryError):
@@ -297,6 +294,52 @@ def load_audio(data: bytes, config: AudioConfig) -> npt.NDArray[np.float32]:
             raise DecodeError("empty", "a sound shorter than one sample")
     kept: npt.NDArray[np.float32] = wave[: max_samples(config)]
     return kept
+
+
+def _check_declared(sound: soundfile.SoundFile, max_seconds: float) -> None:
+    rate, channels = sound.samplerate, sound.channels
+    if not MIN_RATE <= rate <= MAX_RATE or not 1 <= channels <= MAX_CHANNELS:
+        raise DecodeError("size", f"{channels} channels at {rate} Hz, outside what is read")
+    if sound.frames > max_seconds * rate:
+        raise DecodeError("size", f"declares {sound.frames / rate:.0f} s, more than {max_seconds:g} s")
+
+
+def read_audio_blocks(data: bytes, max_seconds: float) -> tuple[int, int, str, Iterator[npt.NDArray[np.float32]]]:
+    """(rate in hertz, channels, format, blocks) of a sound; the blocks are float32 [n], mono, and decoded as they go.
+
+    Raises `DecodeError`, at once or from the blocks, for what `load_audio` refuses, with `max_seconds` as the longest.
+    """
+    if len(data) > MAX_AUDIO_BYTES:
+        raise DecodeError("size", f"a sound of {len(data)} bytes, more than {MAX_AUDIO_BYTES}")
+    try:
+        sound = soundfile.SoundFile(io.BytesIO(data))
+        _check_declared(sound, max_seconds)
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - decoders of foreign bytes raise anything
+        raise DecodeError("decode", f"the sound does not decode ({type(error).__name__}: {error})") from error
+    return sound.samplerate, sound.channels, sound.format, _blocks(sound)
+
+
+def _blocks(sound: soundfile.SoundFile) -> Iterator[npt.NDArray[np.float32]]:
+    declared, num_read = sound.frames, 0
+    with sound:
+        while num_read < declared:
+            try:
+                block = _read_mono(sound, min(_READ_FRAMES, declared - num_read))
+            except (soundfile.SoundFileError, RuntimeError) as error:
+                raise DecodeError("decode", f"the sound does not decode ({error})") from error
+            if not len(block):
+                break
+            if not np.isfinite(block).all():
+                raise DecodeError("decode", "a sound with values that are not finite")
+            num_read += len(block)
+            # Far beyond any loudness, and far from where a resampler would overflow.
+            yield np.clip(block, -32_768.0, 32_768.0)
+    if num_read < declared and sound.format not in _LENIENT_FORMATS:
+        raise DecodeError("truncated", f"{num_read} of {declared} declared samples")
+    if not num_read:
+        raise DecodeError("empty", "a sound of no samples")
 
 
 def max_samples(config: AudioConfig) -> int:

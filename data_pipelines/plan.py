@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 
 from data_pipelines.errors import BadInput
 from data_pipelines.index import Quarantined
-from data_pipelines.sources.source import Note, Row, RowFault, Source
+from data_pipelines.sources.source import Change, Drop, Note, Row, RowFault, Source
 
 PLAN_VERSION = 1
 _SCHEMA = pa.schema(
@@ -49,9 +51,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows a shard, what was left out, and the hash (hex) over name, cut and rows.
+    """Rows a shard, what was left out, and the hash (hex) over name, cut, settings and rows.
 
-    Two plans with the same hash give the same shards, as long as the files that the rows name stay as they are.
+    `dropped` counts rows that were left out because the user asked for it, by reason, and `changed` texts that were
+    cleaned. Two plans with the same hash give the same shards, as long as the files that the rows name stay as they
+    are.
     """
 
     sha256: str
@@ -59,6 +63,8 @@ class Plan:
     shard_sizes: list[int]
     faults: list[Fault]
     notes: list[str]
+    dropped: dict[str, int]
+    changed: dict[str, int]
 
     @property
     def num_rows(self) -> int:
@@ -76,17 +82,29 @@ def shard_path(prefix: str, number: int) -> str:
 
 
 def make_plan(
-    source: Source, *, name: str, prefix: str, shard_size: int, skip_faults: bool, file: Path | None = None
+    source: Source,
+    *,
+    name: str,
+    prefix: str,
+    shard_size: int,
+    skip_faults: bool,
+    file: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    tick: Callable[[int], None] | None = None,
 ) -> Plan:
     """Read every row of a source; with `file`, write them there for `read_rows`.
 
-    Raises `BadInput` for a source that cannot be planned, and for its first bad row unless `skip_faults`.
+    `settings` (JSON) are what, beside the rows, the bytes of the samples depend on; `tick` is called with 1 for each
+    row that was looked at. Raises `BadInput` for a source that cannot be planned, and for its first bad row unless
+    `skip_faults`.
     """
-    header = [PLAN_VERSION, name, prefix, shard_size]
-    digest = hashlib.sha256(json.dumps(header).encode())
+    header = [PLAN_VERSION, name, prefix, shard_size, *([settings] if settings else [])]
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     sizes: list[int] = []
     faults: list[Fault] = []
     notes: list[str] = []
+    dropped: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
     pending: list[dict[str, Any]] = []
     writer = None if file is None else pq.ParquetWriter(file, _SCHEMA, compression="zstd")
 
@@ -100,6 +118,14 @@ def make_plan(
         for row in source.rows():
             if isinstance(row, Note):
                 notes.append(row.message)
+                continue
+            if isinstance(row, Change):
+                changed[row.what] += 1
+                continue
+            if tick is not None:
+                tick(1)
+            if isinstance(row, Drop):
+                dropped[row.reason] += 1
                 continue
             if isinstance(row, RowFault):
                 if not skip_faults:
@@ -118,8 +144,16 @@ def make_plan(
             writer.close()
     if not sizes:
         why = f"; the first: {faults[0].line.detail}" if faults else ""
+        why += f"; {describe_dropped(dropped)}" if dropped else ""
         raise BadInput(f"{source.label}: no row gives a sample{why}")
-    return Plan(digest.hexdigest(), prefix, sizes, faults, notes)
+    return Plan(digest.hexdigest(), prefix, sizes, faults, notes, dict(sorted(dropped.items())), dict(changed))
+
+
+def describe_dropped(dropped: Mapping[str, int]) -> str:
+    """`7 rows left out (4 keep.language, 3 min_image_side)`."""
+    total = sum(dropped.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    return f"{total} row{'s' if total != 1 else ''} left out ({reasons})"
 
 
 def _cells(row: Row) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Progress:
             self._bar.stop()
 
     def start(self, total: int, done: int = 0) -> None:
-        """Set the total, and what was done before."""
+        """Set the total, 0 where it is not known, and what was done before."""
         self._total, self._done, self._last_line = total, done, time.monotonic()
         if self.quiet or not sys.stderr.isatty():
             return
@@ -44,7 +44,7 @@ class Progress:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(self.unit))
         self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-        self._bar.add_task(self.title, total=total, completed=done)
+        self._bar.add_task(self.title, total=total or None, completed=done)
         self._bar.start()
 
     def advance(self, count: int) -> None:
@@ -54,7 +54,8 @@ class Progress:
             self._bar.advance(self._bar.task_ids[0], count)
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self.say(f"{self.title}: {self._done} of {self._total} {self.unit}")
+            of_total = f" of {self._total}" if self._total else ""
+            self.say(f"{self.title}: {self._done}{of_total} {self.unit}")
 
     def say(self, message: str) -> None:
         """A line of its own."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipelines.errors import BadInput
+from launch import prepare_options as prepare
 from launch.errors import exits_cleanly
 
 app = typer.Typer(
@@ -44,6 +45,10 @@ _BUILD_EXAMPLES = """Examples:
   triptych data build photos/manifest.csv --out datasets/photos --split train
   triptych data build rows.parquet --out datasets/rows --column image=img_path
   triptych data build digits --split train --out datasets/digits
+  triptych data build raw/images --join raw/captions.csv --out datasets/joined
+  triptych data build hf:my-lab/birds --split train --out datasets/birds --keep licence=cc0,cc-by
+  triptych data build 'old/{0000..0012}.tar' --out datasets/new --shard-size 5000 --dedup image --dedup-images 4
+  triptych data build photos/manifest.csv --out datasets/small --image-side 512 --audio-rate 16000 --clean-text
   triptych data build rows.parquet --out datasets/rows --engine slurm --partition cpu --tasks 200 --throttle 50
 """
 
@@ -55,12 +60,19 @@ _ON_SLURM = "With --engine slurm"
 def build(
     source: Annotated[
         str,
-        typer.Argument(help="Manifest (.csv, .jsonl, .parquet), or `digits`, the embedded source."),
+        typer.Argument(
+            help="Manifest (.csv, .jsonl, .parquet), folder of files that share stems, tars (a file, a brace list, a "
+            "folder), hf: and a Hugging Face dataset, or `digits`, the embedded source. files:, tars: and hf: say "
+            "which, where a folder could be several."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Dataset folder to write: new, empty, or holding this same build.")
     ],
-    split: Annotated[str | None, typer.Option(help="Keep the rows whose `split` column has this value.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Keep this split: a manifest's rows with it in `split`, or a Hugging Face dataset's."),
+    ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; by default one a core. The bytes do not depend on it.")
@@ -101,9 +113,31 @@ def build(
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Slurm: wait until it is built.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Slurm: plan, show the job, submit nothing.")] = False,
+    join: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Add what this source has for the same keys. May be repeated."),
+    ] = None,
+    join_column: Annotated[
+        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="As --column, for joined sources.")
+    ] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read a Hugging Face dataset as a stream.")] = False,
+    prefix_keys: Annotated[
+        bool, typer.Option("--prefix-keys", help="Put the tar's name before each key: for tars that repeat theirs.")
+    ] = False,
+    require: prepare.Require = None,
+    keep: prepare.Keep = None,
+    min_image_side: prepare.MinImageSide = None,
+    max_seconds: prepare.MaxSeconds = None,
+    clean_text: prepare.CleanText = False,
+    strip_html: prepare.StripHtml = False,
+    dedup: prepare.Dedup = None,
+    dedup_images: prepare.DedupImages = None,
+    audio_rate: prepare.AudioRate = None,
+    image_side: prepare.ImageSide = None,
+    image_format: prepare.ImageFormat = None,
     as_json: Json = False,
 ) -> None:
-    """Build a dataset folder from raw files.
+    """Build a dataset folder from raw files, from other datasets, or from several of them joined.
 
     A build that was stopped goes on where it was; one that is done is left as it is.
     """
@@ -133,12 +167,29 @@ def build(
         split=split,
         shard_size=shard_size,
         workers=workers,
-        columns=_parse_columns(column or []),
+        columns=_parse_columns("--column", column or []),
         allow=allow or [],
         on_error=on_error.value,
         name=name,
         seed=seed,
         slurm=slurm if engine is Engine.slurm else None,
+        join=join or [],
+        join_columns=_parse_columns("--join-column", join_column or []),
+        streaming=streaming,
+        prefix_keys=prefix_keys,
+        prepare=prepare.prepare_config(
+            keep,
+            require=require,
+            min_image_side=min_image_side,
+            max_seconds=max_seconds,
+            clean_text=clean_text,
+            strip_html=strip_html,
+            dedup=dedup,
+            dedup_images=dedup_images,
+            audio_rate=audio_rate,
+            image_side=image_side,
+            image_format=image_format,
+        ),
     )
     if as_json:
         _print_json(_submitted(folder) or _summary(folder))
@@ -190,14 +241,14 @@ def info(
     Console(soft_wrap=not sys.stdout.isatty()).print(report.table(description))
 
 
-def _parse_columns(options: list[str]) -> dict[str, str]:
+def _parse_columns(flag: str, options: list[str]) -> dict[str, str]:
     columns: dict[str, str] = {}
     for option in options:
         ours, equals, theirs = option.partition("=")
         if not (ours and equals and theirs):
-            raise BadInput(f"--column {option}: give OURS=THEIRS, for example image=img_path")
+            raise BadInput(f"{flag} {option}: give OURS=THEIRS, for example image=img_path")
         if ours in columns:
-            raise BadInput(f"--column {option}: {ours!r} was given {columns[ours]!r} already")
+            raise BadInput(f"{flag} {option}: {ours!r} was given {columns[ours]!r} already")
         columns[ours] = theirs
     return columns
 
@@ -233,7 +284,14 @@ def _summary(folder: Path) -> dict[str, Any]:
         "modalities": dataset.modalities,
         "fingerprint": dataset.fingerprint,
         "quarantined": len(quarantine.read_bytes().splitlines()) if quarantine.is_file() else 0,
+        "dropped": _dropped(folder),
     }
+
+
+def _dropped(folder: Path) -> dict[str, int]:
+    """Rows that the build left out because it was asked to, by reason."""
+    record = folder / "build.json"
+    return dict(json.loads(record.read_bytes()).get("dropped", {})) if record.is_file() else {}
 
 
 def _print_json(value: Any) -> None:

@@ -147,12 +147,12 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
 
 def build_datasets(config: Any) -> None:
     """Build the datasets of `data.build` that are not there yet, on rank 0; the others wait, however long it takes."""
-    from data_pipelines.build import build_dataset
+    from data_pipelines.build import build_configured
 
     for wanted in config.data.build:
         out = Path(wanted.out)
         if global_rank() == 0:
-            build_dataset(wanted.source, out, split=wanted.split, shard_size=wanted.shard_size)
+            build_configured(wanted)
         while not (out / "dataset.json").exists():
             # Outside any collective, whose timeout a build may outlast; the launcher ends us if rank 0 fails.
             time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Files that a manifest names: found inside the allowed folders, read whole, and checked to be what they say.
+"""Files that a source names: found inside the allowed folders, read whole, and checked to be what they say.
 
 A manifest may come from a stranger. A path in it reaches nothing outside the manifest's own folder and the folders that
 the user allows by name, not through `..` and not through a symbolic link; pipes and devices are not opened; sizes are
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from data_pipelines.dataset import LIMITS
 from data_pipelines.headers import audio_seconds, image_size
-from data_pipelines.shard import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS
+from data_pipelines.shard import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Sample
+from data_pipelines.sources.source import Row, RowFault
 
 _EXTENSIONS = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
 _FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -54,6 +55,60 @@ def read_member(reference: str, modality: str, folder: Path, allowed: tuple[Path
     `allowed` are the further folders that files may lie in. Raises `FileFault`.
     """
     extension = check_reference(reference, modality)
+    path = _find(reference, modality, folder, allowed)
+    data = _read_regular(path, modality, LIMITS[modality])
+    _check_content(data, extension, modality, folder / reference)
+    return data, extension
+
+
+def read_file(reference: str, what: str, folder: Path, allowed: tuple[Path, ...], max_bytes: int) -> bytes:
+    """The bytes of the file that `reference` names, whatever they are; `what` is for messages. Raises `FileFault`."""
+    return _read_regular(_find(reference, what, folder, allowed), what, max_bytes)
+
+
+def read_sample(row: Row, folder: Path, allowed: tuple[Path, ...]) -> Sample:
+    """The sample of a row whose references are files, byte for byte. Raises `RowFault`."""
+    members: dict[str, tuple[bytes, str] | None] = {}
+    for modality, reference in (("image", row.image), ("audio", row.audio)):
+        try:
+            members[modality] = None if reference is None else read_member(reference, modality, folder, allowed)
+        except FileFault as fault:
+            raise RowFault.of(row, modality, fault.reason, fault.detail) from fault
+    return make_sample(row, members["image"], members["audio"])
+
+
+def make_sample(row: Row, image: tuple[bytes, str] | None, audio: tuple[bytes, str] | None) -> Sample:
+    """A sample of a row's key, text and metadata, and of (bytes, extension) of its image and its sound."""
+    return Sample(
+        key=row.key,
+        image=image and image[0],
+        text=row.text,
+        audio=audio and audio[0],
+        metadata=row.metadata,
+        image_extension=image[1] if image else "jpg",
+        audio_extension=audio[1] if audio else "wav",
+    )
+
+
+def extension_of(data: bytes, modality: str, named: str | None = None) -> str:
+    """The extension of an image or a sound by its bytes; `named`, where that is one that fits them.
+
+    Raises `FileFault` for what is empty or of no known format.
+    """
+    if not data:
+        raise FileFault("empty", f"the {modality} is empty")
+    found = _format_of(data, modality)
+    if found is None:
+        known = ", ".join(dict.fromkeys(_FORMATS[extension] for extension in _EXTENSIONS[modality]))
+        raise FileFault("format", f"the {modality} is none of {known} (begins with {data[:8]!r})")
+    if modality == "audio" and audio_seconds(data) <= 0:
+        raise FileFault("format", f"the audio holds no sound, or its {found} header is damaged")
+    if named is not None and _FORMATS.get(named) == found:
+        return named
+    return next(extension for extension in _EXTENSIONS[modality] if _FORMATS[extension] == found)
+
+
+def _find(reference: str, modality: str, folder: Path, allowed: tuple[Path, ...]) -> Path:
     path = folder / reference
     try:
         resolved = path.resolve(strict=True)
@@ -64,15 +119,12 @@ def read_member(reference: str, modality: str, folder: Path, allowed: tuple[Path
     if not any(resolved.is_relative_to(root) for root in (folder, *allowed)):
         raise FileFault(
             "path",
-            f"{modality} file {resolved} lies outside the manifest's folder {folder}; "
-            f"allow it with --allow {resolved.parent}",
+            f"{modality} file {resolved} lies outside the folder {folder}; allow it with --allow {resolved.parent}",
         )
-    data = _read_regular(resolved, modality)
-    _check_content(data, extension, modality, path)
-    return data, extension
+    return resolved
 
 
-def _read_regular(path: Path, modality: str) -> bytes:
+def _read_regular(path: Path, modality: str, max_bytes: int) -> bytes:
     try:
         # A pipe without a writer would block the open for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -82,10 +134,8 @@ def _read_regular(path: Path, modality: str) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileFault("type", f"{modality} file {path} is not a regular file")
-        if status.st_size > LIMITS[modality]:
-            raise FileFault(
-                "size", f"{modality} file {path} has {status.st_size} bytes; the limit is {LIMITS[modality]}"
-            )
+        if status.st_size > max_bytes:
+            raise FileFault("size", f"{modality} file {path} has {status.st_size} bytes; the limit is {max_bytes}")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(status.st_size)
     except OSError as error:
@@ -97,11 +147,7 @@ def _read_regular(path: Path, modality: str) -> bytes:
 def _check_content(data: bytes, extension: str, modality: str, path: Path) -> None:
     if not data:
         raise FileFault("empty", f"{modality} file {path} is empty")
-    if modality == "image":
-        size = image_size(data)
-        found = None if size is None else size[0]
-    else:
-        found = _sound_format(data)
+    found = _format_of(data, modality)
     expected = _FORMATS[extension]
     if found is None:
         raise FileFault("format", f"{modality} file {path} is no readable {expected} file")
@@ -109,6 +155,13 @@ def _check_content(data: bytes, extension: str, modality: str, path: Path) -> No
         raise FileFault("format", f"{modality} file {path} holds {found}; rename it to .{found.lower()}")
     if modality == "audio" and audio_seconds(data) <= 0:
         raise FileFault("format", f"audio file {path} holds no sound, or its {expected} header is damaged")
+
+
+def _format_of(data: bytes, modality: str) -> str | None:
+    if modality == "audio":
+        return _sound_format(data)
+    size = image_size(data)
+    return None if size is None else size[0]
 
 
 def _sound_format(data: bytes) -> str | None:

@@ -7,29 +7,22 @@ column goes into the sample's metadata. Image and sound are paths, relative to t
 from __future__ import annotations
 
 import difflib
-import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.dataset import MAX_METADATA_BYTES, MAX_TEXT_BYTES
 from data_pipelines.errors import BadInput
 from data_pipelines.shard import Sample
-from data_pipelines.sources.files import FileFault, check_reference, read_member
+from data_pipelines.sources.cells import clean_text, id_problem, key_of, label_of, metadata_problem, text_problem
+from data_pipelines.sources.files import FileFault, check_reference, read_sample
 from data_pipelines.sources.records import Record, read_records
 from data_pipelines.sources.source import Note, Row, RowFault
 
 _MEMBERS = ("image", "text", "audio")
 _MEANINGFUL = ("id", *_MEMBERS)
-# A ustar header holds 100 bytes of name, and `.jpeg` takes five of them.
-_MAX_KEY_BYTES = 95
 _MAX_SPLITS_SHOWN = 20
-# Metadata is parsed again by readers of all kinds, each with a limit of its own.
-_MAX_DEPTH = 64
-_INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -37,13 +30,14 @@ class ManifestSource:
     """The manifest at `path` (absolute). `columns` maps a name of ours to a column of the file.
 
     `split` keeps the rows whose `split` cell has this value. `allowed` are folders, beside the manifest's own, that its
-    files may lie in.
+    files may lie in. With `is_partial`, rows and the whole file may have metadata alone: another source has the rest.
     """
 
     path: Path
     split: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     allowed: tuple[Path, ...] = ()
+    is_partial: bool = False
 
     @property
     def label(self) -> str:
@@ -105,24 +99,7 @@ class ManifestSource:
 
     def read(self, row: Row) -> Sample:
         """The row's files, byte for byte. Raises `RowFault`."""
-        members: dict[str, tuple[bytes, str] | None] = {}
-        for modality, reference in (("image", row.image), ("audio", row.audio)):
-            try:
-                members[modality] = (
-                    None if reference is None else read_member(reference, modality, self.path.parent, self.allowed)
-                )
-            except FileFault as fault:
-                raise RowFault.of(row, modality, fault.reason, fault.detail) from fault
-        image, audio = members["image"], members["audio"]
-        return Sample(
-            key=row.key,
-            image=image and image[0],
-            text=row.text,
-            audio=audio and audio[0],
-            metadata=row.metadata,
-            image_extension=image[1] if image else "jpg",
-            audio_extension=audio[1] if audio else "wav",
-        )
+        return read_sample(row, self.path.parent, self.allowed)
 
     def _column(self, name: str) -> str:
         return self.columns.get(name, name)
@@ -135,7 +112,7 @@ class ManifestSource:
                 near = difflib.get_close_matches(column, found, 1)
                 hint = f"nearest: --column {name}={near[0]}" if near else f"name it with --column {name}=COLUMN"
                 raise BadInput(f"{self.path}: no column {column!r}; found: {listed}; {hint}")
-        if not any(self._column(member) in found for member in _MEMBERS):
+        if not self.is_partial and not any(self._column(member) in found for member in _MEMBERS):
             near = [f"--column {m}={n}" for m in _MEMBERS for n in difflib.get_close_matches(m, found, 1)]
             hint = f"nearest: {near[0]}" if near else "name one with --column image=COLUMN"
             raise BadInput(f"{self.path}: no column 'image', 'text' or 'audio'; found: {listed}; {hint}")
@@ -152,22 +129,23 @@ class ManifestSource:
         taken = {*named, *map(self._column, named)}
         metadata = {name: cell for name, cell in record.cells.items() if name not in taken}
         metadata |= {n: c for n, c in named.items() if n not in _MEANINGFUL and c is not None}
-        key = _key(named["id"])
+        key = key_of(named["id"])
 
         def fault(member: str | None, reason: str, detail: str) -> RowFault:
             return RowFault(record.number, record.line, key, member, reason, detail)
 
         if key is None:
             return fault("id", "key", f"no {self._column('id')!r}: every row needs an id")
-        problem = _key_problem(key)
+        # A partial row's key is only looked up; the sample takes that of the row it joins.
+        problem = None if self.is_partial else id_problem(key)
         if problem is not None:
             return fault("id", "key", f"the id {key!r} cannot be a sample's key: {problem}")
         for member in _MEMBERS:
             value = named[member]
             if value is not None and not isinstance(value, str):
                 return fault(member, "type", f"{self._column(member)!r} must be text, but is {type(value).__name__}")
-        text = (named["text"] or "").removeprefix("\ufeff").strip() or None
-        if text is not None and (problem := _text_problem(text)):
+        text = clean_text(named["text"])
+        if text is not None and (problem := text_problem(text)):
             return fault("text", "text", f"text {problem}")
         for member in ("image", "audio"):
             reference = named[member]
@@ -176,11 +154,11 @@ class ManifestSource:
                     check_reference(reference, member)
                 except FileFault as error:
                     return fault(member, error.reason, error.detail)
-        if text is None and named["image"] is None and named["audio"] is None:
+        if not self.is_partial and text is None and named["image"] is None and named["audio"] is None:
             return fault(None, "empty", "no image, no text and no audio: nothing to learn from")
         if "label" in metadata:
-            metadata["label"] = _label(metadata["label"])
-        problem = _metadata_problem(metadata)
+            metadata["label"] = label_of(metadata["label"])
+        problem = metadata_problem(metadata)
         if problem is not None:
             return fault(None, "metadata", problem)
         return Row(record.number, key, named["image"], text, named["audio"], metadata, record.line)
@@ -190,58 +168,3 @@ def _say_splits(splits: Counter[str]) -> str:
     shown = [f"{name!r} ({count} rows)" if name else f"none ({count} rows)" for name, count in sorted(splits.items())]
     more = f" and {len(shown) - _MAX_SPLITS_SHOWN} more" if len(shown) > _MAX_SPLITS_SHOWN else ""
     return f"the splits are {', '.join(shown[:_MAX_SPLITS_SHOWN])}{more}"
-
-
-def _key(value: Any) -> str | None:
-    if value is None:
-        return None
-    # pandas turns a column of whole numbers into floats as soon as one is missing.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _key_problem(key: str) -> str | None:
-    refused = sorted({character for character in key if character in "./\\" or not character.isprintable()})
-    if refused:
-        named = ", ".join(repr(character) for character in refused)
-        return f"{named} is refused (no '.', '/', '\\' or control characters in an id)"
-    if key.startswith("__"):
-        return "a leading '__' marks what WebDataset readers pass over"
-    if key != key.strip():
-        return "white space at an end is refused"
-    if len(key.encode("utf-8")) > _MAX_KEY_BYTES:
-        return f"{len(key.encode('utf-8'))} bytes are too long (at most {_MAX_KEY_BYTES})"
-    return None
-
-
-def _text_problem(text: str) -> str | None:
-    if "\0" in text:
-        return "contains a NUL"
-    try:
-        size = len(text.encode("utf-8"))
-    except UnicodeEncodeError:
-        return "contains half of a surrogate pair, which UTF-8 cannot hold"
-    return f"has {size} bytes; the limit is {MAX_TEXT_BYTES}" if size > MAX_TEXT_BYTES else None
-
-
-def _label(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return int(value) if isinstance(value, str) and _INTEGER.fullmatch(value.strip()) else value
-
-
-def _is_deep(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_is_deep(one, levels - 1) for one in inner)
-
-
-def _metadata_problem(metadata: dict[str, Any]) -> str | None:
-    size = 0
-    for name, value in metadata.items():
-        if _is_deep(value, _MAX_DEPTH):
-            return f"column {name!r} is nested deeper than {_MAX_DEPTH} levels"
-        try:
-            size += len(json.dumps({name: value}, allow_nan=False, ensure_ascii=False).encode("utf-8"))
-        except (TypeError, ValueError) as error:
-            return f"column {name!r} does not go into JSON ({error})"
-    too_long = size > MAX_METADATA_BYTES
-    return f"the other columns hold {size} bytes of metadata; the limit is {MAX_METADATA_BYTES}" if too_long else None

@@ -140,19 +140,19 @@ def _parquet_records(path: Path, file: Any) -> Iterator[Record | RowFault]:
         for batch in file.iter_batches(batch_size=1024):
             for cells in batch.to_pylist():
                 number += 1
-                yield Record(number, None, {n: _plain(c) for n, c in cells.items() if not _is_missing(c)})
+                yield Record(number, None, {n: plain(c) for n, c in cells.items() if not _is_missing(c)})
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{path}: damaged after row {number} ({error})") from error
 
 
-def _plain(value: Any) -> Any:
-    """Parquet's dates and decimals as text: JSON has neither."""
+def plain(value: Any) -> Any:
+    """Dates and decimals, also within lists and dicts, as text: JSON has neither."""
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
         return str(value)
     if isinstance(value, dict):
-        return {name: _plain(cell) for name, cell in value.items()}
+        return {name: plain(cell) for name, cell in value.items()}
     if isinstance(value, list):
-        return [_plain(cell) for cell in value]
+        return [plain(cell) for cell in value]
     return value

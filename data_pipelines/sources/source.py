@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipelines.errors import BadInput
@@ -65,6 +64,23 @@ class Note:
     message: str
 
 
+@dataclass(frozen=True)
+class Drop:
+    """A row that was left out because the user asked for it: counted by `reason`, and no fault."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row that was changed because the user asked for it: counted by `what`; the row itself comes too."""
+
+    what: str
+
+
+Item = Row | RowFault | Note | Drop | Change
+
+
 class Source(Protocol):
     """Raw input of one kind. Implementations are frozen dataclasses, so that workers can be sent one."""
 
@@ -83,46 +99,13 @@ class Source(Protocol):
     def identity(self) -> dict[str, Any]:
         """What made the rows, as JSON, for build.json. Nothing in it depends on where files lie."""
 
-    def rows(self) -> Iterator[Row | RowFault | Note]:
-        """Every row that the split keeps, in order, and the faults that show without opening a file.
+    def rows(self) -> Iterator[Item]:
+        """Every row that the split keeps, in order, and the faults that show without opening a member's file.
+
+        A row's text is the sample's text: `read` does not change it.
 
         Raises `BadInput` for what is wrong with the source as a whole.
         """
 
     def read(self, row: Row) -> Sample:
         """The sample of a row. Raises `RowFault` when there is none, `BadInput` when nothing can be read at all."""
-
-
-SUFFIXES = (".csv", ".jsonl", ".parquet")
-EMBEDDED = ("digits",)
-
-
-def open_source(
-    source: str,
-    *,
-    split: str | None = None,
-    columns: dict[str, str] | None = None,
-    allowed: tuple[Path, ...] = (),
-    seed: int = 0,
-) -> Source:
-    """The source that a name or a path stands for. Raises `BadInput` when it stands for none."""
-    if source in EMBEDDED:
-        from data_pipelines.sources.digits import DigitsSource
-
-        if columns:
-            raise BadInput(f"source {source!r} has no columns to map: leave out --column")
-        return DigitsSource(split=split, seed=seed)
-
-    from data_pipelines.sources.manifest import ManifestSource
-
-    path = Path(source)
-    known = f"a manifest ({', '.join(SUFFIXES)}) or the embedded source `{EMBEDDED[0]}`"
-    if path.is_dir():
-        raise BadInput(f"{source}: this is a folder; give {known}")
-    if not path.exists():
-        raise BadInput(f"{source}: no such file; give {known}")
-    if not path.is_file():
-        raise BadInput(f"{source}: not a regular file; give {known}")
-    if path.suffix.lower() not in SUFFIXES:
-        raise BadInput(f"{source}: unknown kind of manifest {path.suffix!r}; give {known}")
-    return ManifestSource(path.resolve(), split=split, columns=dict(columns or {}), allowed=allowed)

@@ -187,8 +187,8 @@ SILENT = encode_sound(np.zeros(0), sound_format="WAV")
         ("image", lambda f: "a/../../up.png", "path", r"contains '\.\.', which is refused"),
         ("image", lambda f: "http://example.org/a.png", "path", "is a URL"),
         ("image", lambda f: "nul\0.png", "path", "contains a NUL"),
-        ("image", _link_out, "path", "lies outside the manifest's folder .*allow it with --allow"),
-        ("image", _absolute, "path", "lies outside the manifest's folder"),
+        ("image", _link_out, "path", "lies outside the folder .*allow it with --allow"),
+        ("image", _absolute, "path", "lies outside the folder"),
         ("image", _fifo, "type", "is not a regular file"),
         ("image", _folder, "type", "is not a regular file"),
         ("image", _write("a.gif", b"GIF89a"), "format", r"none of \.jpg, \.jpeg, \.png, \.webp"),
@@ -289,8 +289,8 @@ def test_files_that_are_no_manifest(tmp_path: Path, name: str, content: bytes | 
         read_all(tmp_path / name)
 
 
-def test_a_folder_is_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="this is a folder; give a manifest"):
+def test_an_empty_folder_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no image, text, sound or tar in this folder; give a manifest"):
         open_source(str(tmp_path))
 
 

@@ -64,6 +64,7 @@ def test_build_index_info_as_processes(tmp_path: Path, manifest: Path) -> None:
         "modalities": open_dataset(out).modalities,
         "fingerprint": open_dataset(out).fingerprint,
         "quarantined": 0,
+        "dropped": {},
     }
 
     again = run_for_real("build", manifest, "--out", out, "--split", "train", "--shard-size", 4)
