@@ -1,4 +1,4 @@
-"""`triptych data ...`: build a dataset, index tars that are there, look at one."""
+"""`triptych data ...`: build a dataset, index tars that are there, look at one, check one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import typer
 
 from data_pipelines.errors import BadInput
 from launch.errors import exits_cleanly
+from launch.inspect_commands import lint_command, preview_command, stats_command
 
 app = typer.Typer(
     name="data",
-    help="Raw files to datasets: build one, index existing tars, look at one.",
+    help="Raw files to datasets: build one, index existing tars, look at one, check one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -120,18 +121,32 @@ def index(
 @exits_cleanly
 def info(
     dataset: Annotated[Path, typer.Argument(help="Dataset folder.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Count tokens too, with this Hugging Face tokenizer folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a dataset holds: counts, modalities, sizes, labels, speakers."""
-    from data_pipelines import report
+    """Show what a dataset holds: counts, modalities, histograms of sizes, labels, speakers."""
+    from data_pipelines.report import info
 
-    description = report.info(dataset)
+    description = info(dataset, tokenizer)
     if as_json:
         _print_json(description)
         return
     from rich.console import Console
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(report.table(description))
+    from data_pipelines.tables import info_table
+
+    Console(soft_wrap=not sys.stdout.isatty()).print(info_table(description))
+
+
+app.command("lint", epilog="Example:  triptych data lint datasets/photos --fast")(exits_cleanly(lint_command))
+app.command("preview", epilog="Example:  triptych data preview datasets/photos --out photos.html")(
+    exits_cleanly(preview_command)
+)
+app.command("stats", epilog="Example:  triptych data stats datasets/photos --config configs/sound_photos.yaml")(
+    exits_cleanly(stats_command)
+)
 
 
 def _parse_columns(options: list[str]) -> dict[str, str]:
