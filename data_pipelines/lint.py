@@ -133,8 +133,8 @@ def _read_dataset_file(folder: Path) -> tuple[Notes, list[ShardEntry]]:
             first = error.errors(include_url=False)[0]
             notes.add("dataset", f"shards.{'.'.join(map(str, [number, *first['loc']]))}: {first['msg']}")
             continue
-        if any(path.startswith("/") or ".." in PurePosixPath(path).parts for path in (entry.path, entry.index)):
-            notes.add("dataset", f"shards.{number}: {entry.path!r} or {entry.index!r} leads out of the folder")
+        if not (_is_within(entry.path) and _is_within(entry.index)):
+            notes.add("dataset", f"shards.{number}: {entry.path!r} or {entry.index!r} is no path within the folder")
         elif entry.path in entries:
             notes.add("dataset", f"shards.{number}: {entry.path!r} is listed twice")
         else:
@@ -142,6 +142,10 @@ def _read_dataset_file(folder: Path) -> tuple[Notes, list[ShardEntry]]:
     if len(entries) == len(content["shards"]):
         _check_sums(notes, content, list(entries.values()))
     return notes, list(entries.values())
+
+
+def _is_within(path: str) -> bool:
+    return not (path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path)
 
 
 def _check_sums(notes: Notes, content: dict[str, Any], entries: Sequence[ShardEntry]) -> None:

@@ -151,7 +151,7 @@ def _add_sound(card: Card, data: bytes, raw: RawSample) -> None:
     wave, rate = _load_sound(data)
     seconds = len(wave) / rate
     cut = f", the first {seconds:g} s" if seconds >= _MAX_SECONDS else ""
-    card.sound_note = f"{seconds:.2f} s {raw.audio_extension}, {_size(len(data))}{cut}, to {rate // 2000} kHz"
+    card.sound_note = f"{seconds:.2f} s {raw.audio_extension}, {_size(len(data))}{cut}, 0 to {rate // 2000} kHz"
     mel = mel_levels(wave, rate)
     # The browser draws it larger and smoother; here each pixel costs a byte.
     png = spectrogram_png(mel, height=mel.shape[1], width=min(len(mel), _SPECTROGRAM_WIDTH))

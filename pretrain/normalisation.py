@@ -7,6 +7,7 @@ the number of workers, and merged in order: the same numbers on any machine with
 
 from __future__ import annotations
 
+import json
 import os
 import textwrap
 from collections import Counter, deque
@@ -102,7 +103,7 @@ class Constants:
             f"# {self.num_samples} samples: {self.num_images} images, {self.num_sounds} sounds, {left_out} left out"
         ]
         if found["audio"]:
-            settings = ", ".join(f"{name} {value}" for name, value in found["audio"]["settings"].items())
+            settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in found["audio"]["settings"].items())
             lines += _comment(f"for {settings}; with other settings they are others")
             lines += ["data:", "  audio:"]
             lines += [f"    {name}: {found['audio'][name]!r}" for name in ("mel_mean", "mel_std")]

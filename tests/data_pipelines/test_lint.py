@@ -197,6 +197,7 @@ def test_an_index_of_another_tar(make_dataset: Callable[..., Path]) -> None:
         (lambda content: content["shards"].append(content["shards"][0]), "shards.2: 'shards/dataset-000000.tar' is"),
         (lambda content: content["shards"][1].update(sha256="abc"), "shards.1.sha256: String should match pattern"),
         (lambda content: content["shards"][1].update(path="../x.tar"), "shards.1: '../x.tar' or 'index/dataset-000001"),
+        (lambda content: content["shards"][1].update(path="x\0.tar"), r"shards.1: 'x\x00.tar' or "),
     ],
 )
 def test_a_dataset_file_that_was_edited(
