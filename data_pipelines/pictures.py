@@ -101,4 +101,5 @@ def _palette() -> bytes:
     place = np.linspace(0, len(_MAGMA) - 1, 256)
     anchors = np.arange(len(_MAGMA))
     colours = np.stack([np.interp(place, anchors, _MAGMA[:, channel]) for channel in range(3)], axis=1)
-    return np.rint(colours).astype(np.uint8).tobytes()
+    table: npt.NDArray[np.uint8] = np.rint(colours).astype(np.uint8)
+    return table.tobytes()
