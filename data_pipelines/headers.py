@@ -117,3 +117,13 @@ def audio_seconds(data: bytes) -> float:
             return min(sound.frames / sound.samplerate, 1e9) if sound.samplerate > 0 else 0.0
     except Exception:  # noqa: BLE001 - readers of foreign bytes raise anything; decoding says what is wrong
         return 0.0
+
+
+def audio_rate(data: bytes) -> int:
+    """Samples a second that a sound's header declares; 0 where it cannot be read."""
+    import soundfile
+
+    try:
+        return int(soundfile.info(io.BytesIO(data)).samplerate)
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, OverflowError):
+        return 0

@@ -96,6 +96,11 @@ class ShardIndex:
     def __getitem__(self, column: str) -> npt.NDArray[Any]:
         return self._columns[column]
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that are arrays, which is all but the keys."""
+        return tuple(self._columns)
+
     def key(self, row: int) -> str:
         """Key of the sample in this row."""
         start, end = self._key_ends[self._first_key + row : self._first_key + row + 2].tolist()

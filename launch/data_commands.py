@@ -1,4 +1,4 @@
-"""`triptych data ...`: build a dataset, index tars that are there, look at one."""
+"""`triptych data ...`: build a dataset, index tars that are there, look at one, check one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import typer
 from data_pipelines.errors import BadInput
 from launch import prepare_options as prepare
 from launch.errors import exits_cleanly
+from launch.inspect_commands import lint_command, preview_command, stats_command
 
 app = typer.Typer(
     name="data",
-    help="Raw files to datasets: build one, index existing tars, look at one.",
+    help="Raw files to datasets: build one, index existing tars, look at one, check one.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -221,24 +222,38 @@ def index(
 @exits_cleanly
 def info(
     dataset: Annotated[str, typer.Argument(help="Dataset folder, or its URL.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Count tokens too, with this Hugging Face tokenizer folder.")
+    ] = None,
     allow_private: Annotated[
         bool, typer.Option("--allow-private", help="Allow a URL at a private, loopback or link-local address.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a dataset holds: counts, modalities, sizes, labels, speakers."""
+    """Show what a dataset holds: counts, modalities, histograms of sizes, labels, speakers."""
     from data_pipelines import report
     from data_pipelines.config import RemoteConfig
     from data_pipelines.dataset import open_dataset
 
     remote = RemoteConfig(mode="range", allow_private_addresses=allow_private)
-    description = report.info(open_dataset(dataset, remote))
+    description = report.info(open_dataset(dataset, remote), tokenizer)
     if as_json:
         _print_json(description)
         return
     from rich.console import Console
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(report.table(description))
+    from data_pipelines.tables import info_table
+
+    Console(soft_wrap=not sys.stdout.isatty()).print(info_table(description))
+
+
+app.command("lint", epilog="Example:  triptych data lint datasets/photos --fast")(exits_cleanly(lint_command))
+app.command("preview", epilog="Example:  triptych data preview datasets/photos --out photos.html")(
+    exits_cleanly(preview_command)
+)
+app.command("stats", epilog="Example:  triptych data stats datasets/photos --config configs/sound_photos.yaml")(
+    exits_cleanly(stats_command)
+)
 
 
 def _parse_columns(flag: str, options: list[str]) -> dict[str, str]:

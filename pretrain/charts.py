@@ -1,35 +1,19 @@
-"""Line charts as inline SVG, and spectrograms as PNG: pictures for a page that may ask nobody else for anything.
+"""Line charts as inline SVG: pictures for a page that may ask nobody else for anything.
 
 Colours are CSS variables of the page (`--series`, `--ink`, `--grid`), so one drawing serves light and dark.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 WIDTH, HEIGHT = 420, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 26
 _MAX_POINTS = 400
-# Anchors of matplotlib's "magma" (van der Walt and Smith), interpolated: dark is quiet.
-_MAGMA = np.array(
-    [
-        [0, 0, 4],
-        [40, 17, 89],
-        [101, 26, 128],
-        [159, 47, 127],
-        [212, 72, 97],
-        [245, 125, 93],
-        [254, 194, 135],
-        [252, 253, 191],
-    ]
-)
 
 
 def line_chart(steps: Sequence[float], values: Sequence[float], label: str, unit: str = "") -> Markup:
@@ -96,27 +80,3 @@ def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def spectrogram_png(mel: np.ndarray, height: int = 96, width: int = 240) -> bytes:
-    """A log-mel spectrogram as a PNG, time to the right, low frequencies at the bottom.
-
-    Args:
-        mel: float [F, mel_bins], any scale; it is stretched from its 5th to its 99.5th percentile.
-        height, width: size in pixels.
-    """
-    low, high = np.percentile(mel, [5, 99.5])
-    level = np.clip((mel - low) / max(high - low, 1e-6), 0, 1).T[::-1]
-    place = level * (len(_MAGMA) - 1)
-    below = np.minimum(place.astype(int), len(_MAGMA) - 2)
-    share = (place - below)[..., None]
-    pixels = _MAGMA[below] * (1 - share) + _MAGMA[below + 1] * share
-    image = Image.fromarray(pixels.astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)
-    file = io.BytesIO()
-    image.save(file, format="PNG", optimize=True)
-    return file.getvalue()
-
-
-def data_uri(data: bytes, kind: str) -> str:
-    """Bytes as an address that a page can hold in itself; `kind` is a MIME type."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -18,8 +18,9 @@ from data_pipelines.config import AudioConfig
 from data_pipelines.dataset import Dataset
 from data_pipelines.decode import DecodeError, load_audio, to_int16
 from data_pipelines.headers import image_size
+from data_pipelines.pictures import data_uri, spectrogram_png
 from data_pipelines.shard import Sample
-from pretrain.charts import data_uri, line_chart, spectrogram_png
+from pretrain.charts import line_chart
 from pretrain.features import log_mel
 from pretrain.results import blocks
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_pipelines.config import AudioConfig
 from data_pipelines.shard import Sample
-from pretrain.charts import line_chart, nice_ticks, running_mean, spectrogram_png
+from pretrain.charts import line_chart, nice_ticks, running_mean
 from pretrain.report import Group, Report, example, read_metrics, write_report
 
 AUDIO = AudioConfig(sampling_rate=8000, mel_bins=20)
@@ -167,14 +167,6 @@ def test_ticks_and_means():
     assert nice_ticks(0.11, 0.49) == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert nice_ticks(3, 3) == [3]
     assert running_mean(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1, 2, 4, 6]
-
-
-def test_a_spectrogram_shows_where_the_sound_is():
-    mel = np.zeros((30, 20))
-    mel[:, 2] = 9.0
-    pixels = np.asarray(Image.open(io.BytesIO(spectrogram_png(mel, height=20, width=30))).convert("L")).astype(int)
-    assert pixels.shape == (20, 30)
-    assert pixels[17].mean() > 150 > 60 > pixels[:14].mean(), "low bins are at the bottom"
 
 
 def test_metrics_of_a_resumed_run_count_each_step_once(tmp_path):
