@@ -21,7 +21,7 @@ from tests.data_pipelines.remote.servers import CuttingProxy, Nginx, running_s3
 from tests.data_pipelines.remote.test_cache import watched
 from tests.data_pipelines.test_loader import assert_same, by_sample
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 MakeDataset = Callable[..., Path]
 Remote = Callable[..., RemoteConfig]
 SIZES = (9, 12, 7, 10, 11, 8)
