@@ -26,6 +26,8 @@ DONE, FAULT, BAD_INPUT, RUN_AGAIN = 0, 1, 2, 75
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the ranks to their end and return the exit status of all of them together."""
+    # c10d warns with a stack trace when the node that holds its store ends before another one, as one always does.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -53,8 +53,10 @@ def prepare_environment() -> None:
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Else torch follows it, and so must we: with another number of threads, sums round differently.
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     # DeepSpeed calls collectives by names that torch is about to change; nobody who trains can do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     for name in ("deepspeed", "DeepSpeed", "accelerate", "torch.distributed.elastic"):
