@@ -54,6 +54,13 @@ def test_real_photographs_are_far_from_each_other(shared_data: Path) -> None:
         assert distance(image, Image.open(file)) <= 4
 
 
+def test_a_real_picture_that_is_there_twice(shared_data: Path) -> None:
+    birds = shared_data / "sound-photos" / "images" / "bird"
+    one, two = (birds / name for name in ("ibis_0076.jpg", "ibis_0079.jpg"))
+    assert one.read_bytes() != two.read_bytes()
+    assert distance(Image.open(one).convert("RGB"), Image.open(two).convert("RGB")) == 0
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     st.integers(0, 16),
