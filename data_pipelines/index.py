@@ -277,10 +277,10 @@ def _build(shard: str, descriptor: int, grouper: _Grouper) -> ShardIndex:
             continue
         for name, value in row.items():
             columns[name].append(value)
-        for extension, member in group.members.items():
-            if _holds_pickle(descriptor, extension, member):
+        for extension, found in group.members.items():
+            if _holds_pickle(descriptor, extension, found):
                 detail = "may hold a pickle, which runs code when it is read; never opened, the sample stays"
-                quarantined.append(Quarantined(shard, group.key, member.name, "pickle", detail))
+                quarantined.append(Quarantined(shard, group.key, found.name, "pickle", detail))
     told = {(line.member, line.reason) for line in quarantined}
     for damage in grouper.loose:
         if (damage.name, damage.reason) not in told:
