@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_another_mixture_or_version_is_refused() -> None:
         two.resume({}, allow_change=True)
 
 
-def indices(made: SampleSequence, steps: range) -> np.ndarray:
+def indices(made: SampleSequence, steps: Iterable[int]) -> np.ndarray:
     return np.concatenate([made.batch(step).index for step in steps])
 
 
@@ -177,16 +178,17 @@ def test_a_changed_run_goes_on_as_itself_and_may_change_again() -> None:
     again = sequence([3000], [1000], weights=[1, 3], global_batch=256)
     again.resume(json.loads(json.dumps(second.state(5))))
     assert again.state(50) == second.state(50)
-    np.testing.assert_array_equal(indices(again, range(40)), indices(second, range(40)))
+    np.testing.assert_array_equal(indices(again, (4, 15, 16, 31, 32)), indices(second, (4, 15, 16, 31, 32)))
     # Changed again after the first change took effect, and back before the second did.
     third.resume(second.state(20), allow_change=True)
     assert third.state(0)["changes"] == [[BLOCK, [2048, 2048]], [2 * BLOCK, [1024, 3072]]]
-    np.testing.assert_array_equal(indices(third, range(32)), indices(second, range(32)))
+    np.testing.assert_array_equal(indices(third, (15, 16, 31)), indices(second, (15, 16, 31)))
     back.resume(third.state(25), allow_change=True)
-    np.testing.assert_array_equal(indices(back, range(40)), indices(second, range(40)))
-    cursors = np.bincount(np.concatenate([third.batch(step).source for step in range(40)]), minlength=2)
-    assert third.state(40)["cursors"] == cursors.tolist()
-    assert third.state(40)["epochs"] == [int(cursors[0]) // 3000, int(cursors[1]) // 1000]
+    np.testing.assert_array_equal(indices(back, (16, 31, 32, 39)), indices(second, (16, 31, 32, 39)))
+    cursors = third.state(48)["cursors"]
+    # 16 steps of each mixture: 1 to 1, 1 to 3, 5 to 1.
+    assert cursors == [2048 + 1024 + 3413, 2048 + 3072 + 683]
+    assert third.state(48)["epochs"] == [2, 5]
 
 
 @pytest.mark.parametrize(
@@ -207,3 +209,12 @@ def test_a_broken_history_is_bad_input() -> None:
     for changes in ([[0, [1, 1]]], [[5, [2048, 2048]]], [["x"]], 7, [[4096, [0, 4096]]]):
         with pytest.raises(BadInput, match="data state cannot be read"):
             made.resume({**made.state(3), "changes": changes})
+
+
+def test_a_source_smaller_than_its_share_of_a_batch_goes_round() -> None:
+    made = sequence([3], [400], global_batch=64)
+    picked = made.batch(5)
+    mine = picked.sample[picked.source == 0]
+    assert len(mine) == 32 and np.bincount(mine, minlength=3).min() >= 10
+    assert len(set(picked.epoch[picked.source == 0].tolist())) > 10
+    assert made.state(6)["epochs"] == [6 * 32 // 3, 0]
