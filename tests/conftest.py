@@ -12,6 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WDS_SECURE", "1")
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# A loaded machine takes its time, and a failure must come back in the next run.
+settings.register_profile("triptych", deadline=None, derandomize=True)
+settings.load_profile("triptych")
 
 KINDS = ("distributed", "slurm", "soak")
 ROOT = Path(__file__).resolve().parent.parent
