@@ -53,8 +53,12 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
         (GOOD + "train:\n  max_steps: 10\n  warmup_steps: 11\n", 6, "train.warmup_steps 11 is more than"),
         ("data: {train: x}\n", None, "run is missing"),
         ("run: {}\ndata: {train: x}\n", 1, "run.dir is missing"),
-        ("run: {dir: x}\ndata:\n  train: 5\n", 3, "data.train: expected text or list of {path, weight}, got 5"),
-        ("run: {dir: x}\ndata:\n  train: {path: d}\n", 3, "data.train: expected text or list of {path, weight}, got a"),
+        ("run: {dir: x}\ndata:\n  train: 5\n", 3, "data.train: expected text or list of {path, weight, epochs}, got 5"),
+        (
+            "run: {dir: x}\ndata:\n  train: {path: d}\n",
+            3,
+            "data.train: expected text or list of {path, weight, epochs}",
+        ),
         ("run: {dir: x}\ndata:\n  train:\n  - path: a\n  - pth: x\n", 5, "did you mean data.train.1.path?"),
         ("run: {dir: x}\ndata:\n  train: []\n", 3, "data.train is an empty list"),
         ("run: {dir: ''}\ndata:\n  train: x\n", 1, "run.dir is empty"),
@@ -111,7 +115,7 @@ def test_overrides_win_in_order_and_make_sections(tmp_path: Path) -> None:
     sources = "data.train=[{path: a}, {path: b}]"
     config = load(tmp_path, GOOD, "train.max_steps=5", "train.max_steps=200", sources, "data.train.1.weight=2")
     assert config.train.max_steps == 200
-    assert [(source.path, source.weight) for source in config.data.train_sources] == [("a", 1.0), ("b", 2.0)]
+    assert [(source.path, source.weight) for source in config.data.train_sources] == [("a", None), ("b", 2.0)]
 
 
 def test_numbers_and_times_mean_what_they_look_like(tmp_path: Path) -> None:
