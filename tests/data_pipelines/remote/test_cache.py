@@ -53,6 +53,8 @@ def watched(folder: Path) -> Iterator[Callable[[], int]]:
             with (folder / ".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 most = max(most, sum(path.stat().st_size for path in folder.iterdir()))
+                # Closing alone would leave the lock to whatever was forked meanwhile.
+                fcntl.flock(lock, fcntl.LOCK_UN)
             time.sleep(0.002)
 
     folder.mkdir(parents=True, exist_ok=True)
