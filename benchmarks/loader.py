@@ -1,22 +1,24 @@
-"""Claim: reading by index, in an exact order, costs little over decoding and less than any peer.
+"""Claim: reading by index, in an exact order, costs little over decoding, and less than any peer.
 
-One run, the same tuples, decoding and stacking for all:
-  decode      the limit: samples already in memory -> batches, in this process
+One run, the same tuples, the same decoding and stacking for all:
+  decode      the limit: samples already in memory -> batches, in this process, or in 2 processes that hand over nothing
   triptych    our loader: index, order, pread, decode -> batches
-  others      webdataset, Mosaic Streaming, litData and Hugging Face `datasets`, each as it is set up for training,
-              handing encoded members to our collator in their workers (peers.py); what is not installed is named
-each without workers, with 2 processes, and ours with 2 threads too.
+  others      webdataset, Energon, Mosaic Streaming, litData and Hugging Face `datasets`, each as it is set up for
+              training, handing encoded members to our collator in their workers (peers.py)
+each without workers, with 2 processes, and ours with 2 threads too; and each without any decoding, which shows what
+reading alone costs. What is not installed is named.
 
-    python benchmarks/loader.py [--samples 512] [--rounds 5]
+    python benchmarks/loader.py [--samples 1024] [--rounds 5]
 
 Each round runs all cases, in turning order. The figures are medians over rounds of samples per CPU-second (children
-included) and per second, with the ratios to the limit of the same round; printed as JSON, kept in benchmarks/results/,
-and plotted where matplotlib is installed.
+included) and per second, with the ratios to the limit of the same round with as many workers; printed as JSON, kept in
+benchmarks/results/, and plotted where matplotlib is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import io
@@ -41,10 +43,11 @@ import soundfile
 import torch
 from PIL import Image
 
-from benchmarks.peers import NOT_MEASURED, PACKAGES, PEERS
+from benchmarks.peers import PACKAGES, PEERS
 from data_pipelines.collate import Collator
 from data_pipelines.dataset import Dataset, RawSample, commit_shard, open_dataset, write_dataset
 from data_pipelines.loader import build_loader
+from data_pipelines.sequence import SampleSequence
 from data_pipelines.shard import Sample
 from data_pipelines.tokenizer import TextEncoder, make_tokenizer
 from pretrain.config import Config
@@ -106,52 +109,97 @@ def config_of(folder: Path, steps: int, workers: int, kind: str) -> Config:
     )
 
 
+def decode_in_processes(collate: Callable[[list[RawSample]], Any], batches: list[list[RawSample]], workers: int) -> Any:
+    """Decode and stack in forked processes, each its share, and let the results go."""
+    children = []
+    for number in range(workers):
+        child = os.fork()
+        if not child:
+            for batch in batches[number::workers]:
+                collate(batch)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        if os.waitpid(child, 0)[1]:
+            raise RuntimeError("a process of the benchmark died")
+    return ({"keys": batch} for batch in batches)
+
+
 def cases(folder: Path, dataset: Dataset) -> tuple[dict[str, Callable[[], Iterable[Any]]], dict[str, str]]:
-    """What is measured, by name, and the peers that are not there with the reason."""
+    """What is measured, by "name, how", and the peers that are not there with the reason."""
     steps = len(dataset) // BATCH
     config = config_of(folder, steps, 0, "process")
     collator = Collator(config.data, TextEncoder.of(make_tokenizer(config, [dataset])), None)
     in_memory = dataset.read(np.arange(steps * BATCH), limits=collator.limits)
+    shares = [in_memory[at : at + BATCH] for at in range(0, steps * BATCH, BATCH)]
 
     def collate(samples: list[RawSample]) -> dict[str, Any]:
         made = collator(samples, [0] * len(samples), [""] * len(samples))
         return {"keys": made.keys, **{name: torch.from_numpy(array) for name, array in made.arrays.items()}}
 
+    def count(samples: list[RawSample]) -> dict[str, Any]:
+        return {"keys": [sample.key for sample in samples]}
+
     def ours(workers: int, kind: str) -> Iterable[Any]:
         return build_loader(config_of(folder, steps, workers, kind), 0, 1)
 
+    def read_ours() -> Iterable[Any]:
+        data = config.data
+        sequence = SampleSequence(
+            [dataset], [1.0], config.run.seed, BATCH, data.num_streams, data.shuffle_block, data.tail
+        )
+        for step in range(steps):
+            yield count([raw for _, raw in dataset.iter_read(sequence.batch(step).sample, limits=collator.limits)])
+
     found: dict[str, Callable[[], Iterable[Any]]] = {
-        "decode": lambda: (collate(in_memory[at : at + BATCH]) for at in range(0, steps * BATCH, BATCH)),
+        "decode, no workers": lambda: map(collate, shares),
+        "decode, 2 processes": lambda: decode_in_processes(collate, shares, 2),
         "triptych, no workers": lambda: ours(0, "process"),
         "triptych, 2 processes": lambda: ours(2, "process"),
         "triptych, 2 threads": lambda: ours(2, "thread"),
+        "triptych, reading alone": read_ours,
     }
-    absent = dict(NOT_MEASURED)
+    absent: dict[str, str] = {}
     for name, make in PEERS.items():
         try:
-            peer = make(folder, dataset, collate, BATCH)
+            # Some print while they prepare; standard output is for the result.
+            with contextlib.redirect_stdout(sys.stderr):
+                peer, reader = (make(folder, dataset, each, BATCH) for each in (collate, count))
         except ImportError as error:
             absent[name] = str(error)
             continue
         found[f"{name}, no workers"] = functools.partial(peer, 0)
         found[f"{name}, 2 processes"] = functools.partial(peer, 2)
+        found[f"{name}, reading alone"] = functools.partial(reader, 0)
     return found, absent
 
 
+def limit_of(kind: str) -> str:
+    """The case that `kind` is a share of."""
+    return "decode, 2 processes" if kind.endswith(("2 processes", "2 threads")) else "decode, no workers"
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of the ratios to the limit, by case."""
+    """Bars: shares of the limit, and what reading alone reaches."""
     try:
         from matplotlib import pyplot
     except ImportError:
         print("no plot: matplotlib is not installed", file=sys.stderr)
         return
-    names = [name for name in result["ratio_to_decode_per_cpu_second"] if name != "decode"]
-    values = [result["ratio_to_decode_per_cpu_second"][name] for name in names]
-    colours = ["tab:blue" if name.startswith("triptych") else "tab:gray" for name in names]
-    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(names) + 1.2))
-    axes.barh(names[::-1], values[::-1], color=colours[::-1])
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("samples per CPU-second, as a share of decoding alone")
+    shares: dict[str, float] = result["ratio_to_decode_per_cpu_second"]
+    rates: dict[str, float] = result["samples_per_cpu_second"]
+    decoding = {name: share for name, share in shares.items() if not name.startswith("decode")}
+    reading = {name.split(",")[0]: rate for name, rate in rates.items() if name.endswith("reading alone")}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.32 * len(decoding) + 1.2), width_ratios=(3, 2))
+    for axes, values in ((left, decoding), (right, reading)):
+        names = sorted(values, key=lambda name: (name.split(", ")[1:], values[name]))
+        colours = ["tab:blue" if name.startswith("triptych") else "tab:gray" for name in names]
+        axes.bar_label(axes.barh(names, [values[name] for name in names], color=colours), fmt="{:,.3g}", padding=3)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xlabel("read and decode: share of decoding alone")
+    right.set_xlabel("reading alone: samples per CPU-second")
+    right.margins(x=0.2)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -159,15 +207,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="cases whose name holds this, besides decode")
+    parser.add_argument("--only", default="", help="cases whose name holds this, besides the limits")
     options = parser.parse_args()
     measured: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         dataset = build(Path(name) / "data", options.samples)
         runs, absent = cases(Path(name), dataset)
-        kinds = [kind for kind in runs if options.only in kind or kind == "decode"]
+        kinds = [kind for kind in runs if options.only in kind or kind.startswith("decode")]
         for number in range(-1, options.rounds):
             for turn in range(len(kinds)):
                 kind = kinds[(number + turn) % len(kinds)]
@@ -175,19 +223,27 @@ def main() -> None:
                 # The round before the first warms caches and is left out.
                 if number >= 0:
                     measured.setdefault(kind, []).append(found)
-    limit = measured["decode"]
 
-    def medians(of: Callable[[int, tuple[float, float]], float], digits: int) -> dict[str, float]:
+    def rates_of(unit: int) -> dict[str, float]:
+        return {kind: round(statistics.median(one[unit] for one in measured[kind]), 1) for kind in kinds}
+
+    def ratios(unit: int) -> dict[str, float]:
         return {
-            kind: round(statistics.median(of(number, one) for number, one in enumerate(measured[kind])), digits)
+            kind: round(
+                statistics.median(
+                    one[unit] / limit[unit] for one, limit in zip(measured[kind], measured[limit_of(kind)], strict=True)
+                ),
+                3,
+            )
             for kind in kinds
+            if not kind.endswith("reading alone")
         }
 
     result = {
-        "samples_per_cpu_second": medians(lambda _, one: one[0], 1),
-        "samples_per_second": medians(lambda _, one: one[1], 1),
-        "ratio_to_decode_per_cpu_second": medians(lambda number, one: one[0] / limit[number][0], 3),
-        "ratio_to_decode_per_second": medians(lambda number, one: one[1] / limit[number][1], 3),
+        "samples_per_cpu_second": rates_of(0),
+        "samples_per_second": rates_of(1),
+        "ratio_to_decode_per_cpu_second": ratios(0),
+        "ratio_to_decode_per_second": ratios(1),
         "not_measured": absent,
         "rounds": options.rounds,
         "samples": options.samples,
