@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,8 @@ def cpu_seconds() -> float:
 
 def rates(batches: Iterable[Any]) -> tuple[float, float]:
     """Samples per CPU-second and per second of one pass; workers have ended when it is over."""
+    gc.collect()
+    gc.freeze()
     cpu, wall, done = cpu_seconds(), time.perf_counter(), 0
     for batch in batches:
         done += len(batch["keys"])
@@ -109,7 +111,9 @@ def config_of(folder: Path, steps: int, workers: int, kind: str) -> Config:
     )
 
 
-def decode_in_processes(collate: Callable[[list[RawSample]], Any], batches: list[list[RawSample]], workers: int) -> Any:
+def decode_in_processes(
+    collate: Callable[[list[RawSample]], Any], batches: list[list[RawSample]], workers: int
+) -> Iterator[Any]:
     """Decode and stack in forked processes, each its share, and let the results go."""
     children = []
     for number in range(workers):
@@ -122,7 +126,8 @@ def decode_in_processes(collate: Callable[[list[RawSample]], Any], batches: list
     for child in children:
         if os.waitpid(child, 0)[1]:
             raise RuntimeError("a process of the benchmark died")
-    return ({"keys": batch} for batch in batches)
+    for batch in batches:
+        yield {"keys": batch}
 
 
 def cases(folder: Path, dataset: Dataset) -> tuple[dict[str, Callable[[], Iterable[Any]]], dict[str, str]]:
