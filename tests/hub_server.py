@@ -166,7 +166,7 @@ class _HubHandler(_Handler):
         """The repository, if this request may see it."""
         repo = self.hub.repos.get(name if kind in ("", "models/") else f"{kind}{name}")
         if (repo is None or repo.private) and self.token is None:
-            raise Refused(401, message="Invalid username or password.")
+            raise Refused(401, "RepoNotFound", "Invalid username or password.")
         if repo is None:
             raise Refused(404, "RepoNotFound", "Repository not found")
         return repo
