@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -81,6 +81,11 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     page_size: int = 1000
     serves_ranges: bool = True
+    on_request: Callable[[Request], None] = lambda request: None
+
+    def reset(self) -> None:
+        """Forget everything but the servers."""
+        vars(self).update(vars(Hub(self.url, self.storage_url)))
 
     def asked(self, path: str) -> list[Request]:
         """The requests for paths that match."""
@@ -106,6 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         byte_range = self.headers.get("Range")
         asked = Request(self.server_name, self.command, unquote(parts.path), byte_range, self.token)
         self.hub.requests.append(asked)
+        self.hub.on_request(asked)
         try:
             self.route(parts.path, body)
         except Refused as refused:

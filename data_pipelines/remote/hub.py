@@ -38,7 +38,7 @@ class HubFiles:
         Raises `BadInput` for what is no path in a repository, and the client's errors.
         """
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
         match = _PATH.fullmatch(path)
         if match is None:
