@@ -261,6 +261,7 @@ def _load(source: HuggingFaceSource) -> Any:
     asked = {"path": source.name, "name": source.config, "revision": source.commit or source.revision}
     builder = datasets.load_dataset_builder(**asked)
     if not folder.is_absolute():
+        _refuse_unknown_revision(source, builder)
         source.pin(builder.hash)
         asked["revision"] = source.commit
     if isinstance(builder, AudioFolder):
@@ -272,6 +273,25 @@ def _load(source: HuggingFaceSource) -> Any:
         return builder.as_streaming_dataset()
     builder.download_and_prepare()
     return builder.as_dataset()
+
+
+def _refuse_unknown_revision(source: HuggingFaceSource, builder: Any) -> None:
+    """Raise `BadInput` where `datasets` met a failure by its cache, of whatever revision, and nobody asked for that."""
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    if not isinstance(builder, Cache) or source.commit is not None or builder.hash == source.revision:
+        return
+    if not datasets.config.HF_HUB_OFFLINE:
+        raise BadInput(
+            f"{source.label}: the Hub has no such dataset for this token, or could not be reached; "
+            f"HF_HUB_OFFLINE=1 takes commit {builder.hash} from the cache"
+        )
+    if source.revision is not None:
+        raise BadInput(
+            f"{source.label}: offline, nobody can tell whether commit {builder.hash} in the cache is "
+            f"{source.revision!r}; give the commit after the @"
+        )
 
 
 def _choose_split(source: HuggingFaceSource, loaded: Any) -> Any:

@@ -23,10 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # One process for all commands: to import `datasets` takes longer than most of them.
 _CLIENT = """
 import json, os, sys
+import datasets, huggingface_hub.constants
 from typer.testing import CliRunner
 from launch.cli import app
 for line in sys.stdin:
-    arguments, token = json.loads(line)
+    arguments, token, offline = json.loads(line)
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = offline
     os.environ.pop("HF_TOKEN", None)
     if token is not None:
         os.environ["HF_TOKEN"] = token
@@ -91,9 +93,9 @@ def build(one_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bu
             text=True,
         )
 
-        def run(*arguments: str | Path, token: str | None = None) -> Done:
+        def run(*arguments: str | Path, token: str | None = None, offline: bool = False) -> Done:
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps([[str(argument) for argument in arguments], token]) + "\n")
+            process.stdin.write(json.dumps([[str(argument) for argument in arguments], token, offline]) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
             shown = (folder / "log").read_text()
@@ -190,6 +192,25 @@ def test_a_repository_of_sounds_in_pages(streaming: bool, hub: Hub, build: Build
     dataset = open_dataset(tmp_path / "out")
     assert [dataset[n].audio for n in range(8)] == [sound(n) for n in (2, 4, 6, 8, 1, 3, 5, 7)]
     assert dataset[0].metadata == {"label": 0, "label_name": "ant"}
+
+
+def test_the_cache_is_used_where_it_is_known_to_be_right(hub: Hub, build: Build, tmp_path: Path) -> None:
+    repo = hub.repos["datasets/lab/kept"] = Repo(False, {"main": files_of(4)})
+    commit, out = repo.commit_of("main"), tmp_path / "out"
+    build("hf:lab/kept:few", "--out", out).built()
+    (out / open_dataset(out).shards[0].path).unlink()
+    repo.private = True
+    build("hf:lab/kept:few", "--out", out).built()
+    assert_whole(out, 3)
+    other = ("--out", tmp_path / "other")
+    build("hf:lab/kept:few", *other).refused(f"HF_HUB_OFFLINE=1 takes commit {commit} from the cache")
+    build("hf:lab/kept:few@v1", *other, token=TOKEN).refused("Revision 'v1' doesn't exist")
+    hub.requests.clear()
+    build("hf:lab/kept:few@v1", *other, offline=True).refused(f"whether commit {commit} in the cache is 'v1'")
+    build(f"hf:lab/kept:few@{commit}", *other, offline=True).built()
+    build("hf:lab/kept:few", "--out", tmp_path / "third", offline=True).built()
+    assert not hub.requests
+    assert_whole(tmp_path / "third", 3)
 
 
 def test_what_is_not_to_be_had(hub: Hub, build: Build, tmp_path: Path) -> None:
