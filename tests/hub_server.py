@@ -1,7 +1,7 @@
 """A Hub on the loopback interface: what the real clients send is stored, served and checked as the Hub would.
 
 Speaks what huggingface_hub 2.4 calls for a push without Xet (repository, branch, preupload, LFS batch with upload and
-verification, commit), and what it and datasets 5.2 call to read: repository info, tree, paths, and files by revision.
+verification, commit), and what it and datasets 5.2 call to read: repository info, tree, and files by revision.
 Content is only accepted with the size and SHA-256 that were announced. Large files are served by a second server, as
 the Hub's are: it answers signed URLs only, and is no place for a token.
 """
@@ -200,11 +200,6 @@ class _HubHandler(_Handler):
             headers["Link"] = f'<{self.hub.url}{urlsplit(self.path).path}?{query}>; rel="next"'
         self.answer(200, entries[start : start + self.hub.page_size], headers)
 
-    def paths(self, body: bytes, kind: str, name: str, revision: str) -> None:
-        _, files = self.repo(kind, name).at(revision)
-        wanted = parse_qs(body.decode())["paths"]
-        self.answer(200, [entry for entry in _entries(files, "", True) if entry["path"] in wanted])
-
     def resolve(self, body: bytes, kind: str, name: str, revision: str, path: str) -> None:
         commit, files = self.repo(kind, name).at(revision)
         headers = {"X-Repo-Commit": commit}
@@ -310,7 +305,6 @@ _API = rf"/api/(models/|datasets/){_NAME}"
 _ROUTES = [
     ("GET", rf"{_API}(?:/revision/{_REVISION})?", _HubHandler.info),
     ("GET", rf"{_API}/tree/{_REVISION}(?:/(.+))?", _HubHandler.tree),
-    ("POST", rf"{_API}/paths-info/{_REVISION}", _HubHandler.paths),
     ("GET", rf"/(datasets/)?{_NAME}/resolve/{_REVISION}/(.+)", _HubHandler.resolve),
     ("POST", r"/api/repos/create", _HubHandler.create),
     ("POST", rf"/api/models/{_NAME}/branch/{_REVISION}", _HubHandler.branch),
