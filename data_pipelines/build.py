@@ -148,6 +148,8 @@ def build_dataset(
     if name is not None and not _NAME.fullmatch(name):
         raise BadInput(f"name {name!r}: give up to 64 letters, digits, '-', '_' and '.', a letter or digit first")
     allowed = tuple(_allowed_folder(folder) for folder in allow)
+    folder = BuildFolder(Path(out))
+    commits = folder.begun_with()
     opened = open_source(
         str(source),
         split=split,
@@ -156,17 +158,19 @@ def build_dataset(
         seed=seed,
         streaming=streaming,
         prefix_keys=prefix_keys,
+        commits=commits,
     )
     if slurm is not None:
         slurm.check()
-    opened = open_joined(opened, [str(other) for other in join], columns=dict(join_columns or {}), allowed=allowed)
+    others = [str(other) for other in join]
+    opened = open_joined(opened, others, columns=dict(join_columns or {}), allowed=allowed, commits=commits)
     prepare = prepare or PrepareConfig()
     if prepare != PrepareConfig():
         opened = PreparedSource(opened, prepare)
     build = _Build(opened, name, shard_size, on_error == "skip", workers, prepare.reencoded, slurm)
     with Progress(f"building {out}", "samples", quiet=not progress) as shown:
         try:
-            build.into(BuildFolder(Path(out)), shown)
+            build.into(folder, shown)
         except OSError as error:
             if error.errno is None:
                 raise

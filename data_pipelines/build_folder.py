@@ -45,6 +45,16 @@ class BuildFolder:
         """Whether dataset.json is there."""
         return (self.path / "dataset.json").exists()
 
+    def begun_with(self) -> dict[tuple[str, str | None], str]:
+        """(name, revision) on the Hugging Face Hub -> the commit that it stood for when the build here was begun."""
+        try:
+            source = json.loads((self.path / "build.json").read_bytes())["source"]
+            sources = [source, *source.get("joined", [])]
+            return {(each["dataset"], each["revision"]): each["commit"] for each in sources if "commit" in each}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            # None is there, or it is damaged, which `refuse_other_plan` tells.
+            return {}
+
     def refuse_other_content(self) -> None:
         """Raise `BadInput` when the path holds anything but a build of ours or nothing."""
         if not os.path.lexists(self.path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_pipelines.errors import BadInput
@@ -31,10 +31,12 @@ def open_source(
     streaming: bool = False,
     prefix_keys: bool = False,
     is_partial: bool = False,
+    commits: Mapping[tuple[str, str | None], str] | None = None,
 ) -> Source:
     """The source that a name, a path or a prefix (`files:`, `hf:`, `tars:`) stands for.
 
-    `is_partial` is for a source that is joined to another: its rows may hold metadata alone. Raises `BadInput` when it
+    `is_partial` is for a source that is joined to another: its rows may hold metadata alone. `commits` are those of
+    names and revisions on the Hub that a build, which now goes on, was begun with. Raises `BadInput` when it
     stands for none, and for an option that this kind of source does not have.
     """
     kind, target = _kind_of(source)
@@ -54,7 +56,13 @@ def open_source(
         from data_pipelines.sources.huggingface import open_huggingface
 
         return open_huggingface(
-            target, split=split, columns=columns or {}, allowed=allowed, streaming=streaming, is_partial=is_partial
+            target,
+            split=split,
+            columns=columns or {},
+            allowed=allowed,
+            streaming=streaming,
+            is_partial=is_partial,
+            commits=commits,
         )
     if kind == "tars":
         from data_pipelines.sources.tars import open_tars
@@ -75,7 +83,12 @@ def open_source(
 
 
 def open_joined(
-    source: Source, others: Sequence[str], *, columns: dict[str, str] | None = None, allowed: tuple[Path, ...] = ()
+    source: Source,
+    others: Sequence[str],
+    *,
+    columns: dict[str, str] | None = None,
+    allowed: tuple[Path, ...] = (),
+    commits: Mapping[tuple[str, str | None], str] | None = None,
 ) -> Source:
     """`source` with what further ones have for the same keys; itself when there are none. Raises `BadInput`."""
     if not others:
@@ -84,7 +97,9 @@ def open_joined(
         return source
     from data_pipelines.sources.join import JoinedSource
 
-    opened = [open_source(other, columns=columns, allowed=allowed, is_partial=True) for other in others]
+    opened = [
+        open_source(other, columns=columns, allowed=allowed, is_partial=True, commits=commits) for other in others
+    ]
     return JoinedSource((source, *opened))
 
 

@@ -33,6 +33,9 @@ _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@:]+))?(
 class HuggingFaceSource:
     """The dataset `name`: an absolute path, or a name on the Hub with `config` and `revision`.
 
+    `commit` is what the revision of a name on the Hub stood for when the build was begun: every process reads that one,
+    whatever is pushed meanwhile. None until the dataset is opened for the first time, and for folders.
+
     `columns` are pairs of a name of ours and one of the dataset's. `allowed` are folders, beside the dataset's own and
     the cache of `datasets`, in which files that its rows name may lie. With `is_partial`, rows may have metadata alone:
     another source has the rest.
@@ -46,6 +49,7 @@ class HuggingFaceSource:
     allowed: tuple[Path, ...] = ()
     streaming: bool = False
     is_partial: bool = False
+    commit: str | None = None
 
     @property
     def label(self) -> str:
@@ -63,9 +67,11 @@ class HuggingFaceSource:
         return self.split or Path(self.name).name
 
     def identity(self) -> dict[str, Any]:
-        """Kind, name (a folder's without where it lies), config, revision, split, columns."""
+        """Kind, name (a folder's without where it lies), config, revision, commit, split, columns."""
         name = Path(self.name).name if Path(self.name).is_absolute() else self.name
         asked = {"config": self.config, "revision": self.revision, "split": self.split, "streaming": self.streaming}
+        if self.commit is not None:
+            asked["commit"] = self.commit
         return {"kind": "huggingface", "dataset": name, **asked, "columns": dict(sorted(self.columns))}
 
     def rows(self) -> Iterator[Item]:
@@ -81,7 +87,7 @@ class HuggingFaceSource:
                 break
             reference, cells = found
             number += 1
-            item = self._row(number, reference, cells, columns)
+            item = self._row(number, self._reference_prefix + reference, cells, columns)
             if isinstance(item, Row) and item.key in first_seen:
                 detail = f"the id {item.key!r} is row {first_seen[item.key]}'s already; ids must be unique"
                 item = RowFault.of(item, "id", "duplicate", detail)
@@ -97,7 +103,7 @@ class HuggingFaceSource:
         opened, columns = self._opened, self._columns
         reference = row.image if row.image is not None else row.audio
         with explained(self):
-            cells = {} if reference is None else opened.read(reference, columns)
+            cells = {} if reference is None else opened.read(reference.removeprefix(self._reference_prefix), columns)
         members: dict[str, tuple[bytes, str] | None] = {}
         for modality, there in (("image", row.image), ("audio", row.audio)):
             members[modality] = None
@@ -108,6 +114,19 @@ class HuggingFaceSource:
                 except FileFault as fault:
                     raise RowFault.of(row, modality, fault.reason, fault.detail) from fault
         return make_sample(row, members["image"], members["audio"])
+
+    def pin(self, commit: str) -> None:
+        """Keep to this commit from now on. Raises `BadInput` when it is not the one that the build was begun with."""
+        if self.commit is not None and self.commit != commit:
+            raise BadInput(
+                f"{self.label}: the build was begun with commit {self.commit}, and only {commit} is to be had"
+            )
+        object.__setattr__(self, "commit", commit)
+
+    @property
+    def _reference_prefix(self) -> str:
+        """What references begin with: plans of two commits differ, even where their rows do not."""
+        return f"{self.commit[:12]}:" if self.commit is not None else ""
 
     @functools.cached_property
     def _opened(self) -> Rows:
@@ -219,8 +238,12 @@ def open_huggingface(
     allowed: tuple[Path, ...],
     streaming: bool,
     is_partial: bool = False,
+    commits: Mapping[tuple[str, str | None], str] | None = None,
 ) -> HuggingFaceSource:
-    """The dataset at a path, or the one that a Hub name (`ORG/NAME:CONFIG@REVISION`) stands for. Raises `BadInput`."""
+    """The dataset at a path, or the one that a Hub name (`ORG/NAME:CONFIG@REVISION`) stands for. Raises `BadInput`.
+
+    `commits` are those of names and revisions that a build, which now goes on, was begun with.
+    """
     settings = (split, tuple(sorted(columns.items())), allowed, streaming, is_partial)
     path = Path(target)
     if path.exists():
@@ -230,4 +253,5 @@ def open_huggingface(
     match = _HUB_NAME.fullmatch(target)
     if match is None or target.startswith((".", "/")):
         raise BadInput(f"hf:{target}: no such folder, and no name on the Hub (ORG/NAME, ORG/NAME:CONFIG@REVISION)")
-    return HuggingFaceSource(match["name"], match["config"], match["revision"], *settings)
+    commit = (commits or {}).get((match["name"], match["revision"]))
+    return HuggingFaceSource(match["name"], match["config"], match["revision"], *settings, commit=commit)

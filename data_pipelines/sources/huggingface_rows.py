@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from data_pipelines.errors import BadInput
+from data_pipelines.remote.urls import hide_credentials
 
 if TYPE_CHECKING:
     from data_pipelines.sources.huggingface import HuggingFaceSource
@@ -216,8 +217,10 @@ def explained(source: HuggingFaceSource) -> Iterator[None]:
     except (BadInput, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - there is no list of what it raises
-        first = next(iter(str(error).splitlines()), "")
-        raise BadInput(f"{source.label}: cannot be read ({type(error).__name__}: {first})") from error
+        # The first line alone may be "Config name is missing.", and the names in the second.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        detail = hide_credentials(" ".join(lines[:2]))
+        raise BadInput(f"{source.label}: cannot be read ({type(error).__name__}: {detail})") from error
 
 
 @contextmanager
@@ -255,8 +258,12 @@ def _load(source: HuggingFaceSource) -> Any:
     folder = Path(source.name)
     if folder.is_absolute() and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return datasets.load_from_disk(source.name)
-    asked = {"path": source.name, "name": source.config, "revision": source.revision}
+    asked = {"path": source.name, "name": source.config, "revision": source.commit or source.revision}
     builder = datasets.load_dataset_builder(**asked)
+    if not folder.is_absolute():
+        _refuse_unknown_revision(source, builder)
+        source.pin(builder.hash)
+        asked["revision"] = source.commit
     if isinstance(builder, AudioFolder):
         # Its sounds are paths, and `Audio` wants torchcodec even to note a path. `Image` notes one as it is. The cache
         # is one of our own, for no other reader of this folder may find such a column in its own.
@@ -266,6 +273,25 @@ def _load(source: HuggingFaceSource) -> Any:
         return builder.as_streaming_dataset()
     builder.download_and_prepare()
     return builder.as_dataset()
+
+
+def _refuse_unknown_revision(source: HuggingFaceSource, builder: Any) -> None:
+    """Raise `BadInput` where `datasets` met a failure by its cache, of whatever revision, and nobody asked for that."""
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    if not isinstance(builder, Cache) or source.commit is not None or builder.hash == source.revision:
+        return
+    if not datasets.config.HF_HUB_OFFLINE:
+        raise BadInput(
+            f"{source.label}: the Hub has no such dataset for this token, or could not be reached; "
+            f"HF_HUB_OFFLINE=1 takes commit {builder.hash} from the cache"
+        )
+    if source.revision is not None:
+        raise BadInput(
+            f"{source.label}: offline, nobody can tell whether commit {builder.hash} in the cache is "
+            f"{source.revision!r}; give the commit after the @"
+        )
 
 
 def _choose_split(source: HuggingFaceSource, loaded: Any) -> Any:

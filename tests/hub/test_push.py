@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.hub_server import TOKEN
+
 ROOT = Path(__file__).resolve().parents[2]
-TOKEN = "hf_only_for_this_test"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Real servers on the loopback interface: nginx with switches for faults, a proxy that cuts connections, moto's S3."""
+"""Real servers on the loopback interface: nginx with switches for faults, a proxy that cuts connections, S3, GCS."""
 
 from __future__ import annotations
 
@@ -179,10 +179,27 @@ class CuttingProxy:
 def running_s3(folder: Path) -> Iterator[str]:
     """The URL of a `moto_server`. Skips where moto is not installed."""
     pytest.importorskip("moto", reason="no moto here: pip install 'triptych[dev]'")
+    with _running(folder, "from moto.server import main; main()", "-H", "127.0.0.1", "-p") as url:
+        yield url
+
+
+@contextmanager
+def running_gcs(folder: Path) -> Iterator[str]:
+    """The URL of a `gcp-storage-emulator` with an empty `bucket`. Skips where it is not installed."""
+    pytest.importorskip("gcp_storage_emulator", reason="no gcp-storage-emulator here: pip install 'triptych[dev]'")
+    start = "from gcp_storage_emulator.__main__ import main; main()"
+    options = ("--in-memory", "--default-bucket", "bucket", "--host", "127.0.0.1", "--port")
+    with _running(folder, start, "start", *options) as url:
+        yield url
+
+
+@contextmanager
+def _running(folder: Path, start: str, *arguments: str) -> Iterator[str]:
+    """The URL of a server that Python code starts, with the port as its last argument; its log is in `folder`."""
     folder.mkdir()
     port = free_port()
     with (folder / "log").open("wb") as log:
-        command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+        command = [sys.executable, "-c", start, *arguments, str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         assert _wait_for(port, process), (folder / "log").read_text()

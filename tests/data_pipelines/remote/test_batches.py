@@ -17,7 +17,7 @@ from data_pipelines.errors import BadInput
 from data_pipelines.loader import build_eval_loader, build_loader
 from data_pipelines.tokenizer import make_tokenizer
 from pretrain.config import Config, RunConfig, TrainConfig
-from tests.data_pipelines.remote.servers import CuttingProxy, Nginx, running_s3
+from tests.data_pipelines.remote.servers import CuttingProxy, Nginx, running_gcs, running_s3
 from tests.data_pipelines.remote.test_cache import watched
 from tests.data_pipelines.test_loader import assert_same, by_sample
 
@@ -148,6 +148,20 @@ def test_a_cap_below_one_shard_and_a_lost_shard_end_the_run_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def assert_a_shorter_shard_is_told(files: Any, folder: Path, url: str, settings: RemoteConfig) -> None:
+    """Whether nothing of it is there yet, or as much as the server has. `files` can write below `url`."""
+    shard = open_dataset(folder).shards[0]
+    data = (folder / shard.path).read_bytes()
+    files.pipe(f"{url}{shard.path}", data[:-1000])
+    cache = Path(str(settings.cache_dir))
+    cache.mkdir()
+    for part in (b"", data[:-1000]):
+        (cache / f".part-{shard.sha256}.tar-{shard.bytes}").write_bytes(part)
+        with pytest.raises(BadInput, match=f"{shard.bytes - 1000:,} bytes at the server, in dataset.json"):
+            _ = open_dataset(url, settings)[0]
+    files.pipe(f"{url}{shard.path}", data)
+
+
 SECRET = "the-secret-of-this-test"
 
 
@@ -178,6 +192,7 @@ def test_the_same_batches_from_s3(
         config = config_of(url, tmp_path / "run", remote(mode="range"), num_workers=1)
         assert_same(by_sample(build_loader(config, 0, 1)), expected)
 
+        assert_a_shorter_shard_is_told(files, folder, url, remote(cache_dir=str(tmp_path / "other")))
         with pytest.raises(BadInput, match=r"absent/dataset\.json: no such file") as caught:
             open_dataset("s3://bucket/absent", remote())
         assert SECRET not in str(caught.value)
@@ -191,3 +206,37 @@ def test_the_same_batches_from_s3(
             open_dataset(url, remote(allow_private_addresses=False))
     written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert SECRET.encode() not in written
+
+
+def test_the_same_batches_from_gcs(
+    make_dataset: MakeDataset, remote: Remote, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = pytest.importorskip("gcsfs.core", reason="no gcsfs here: pip install 'triptych[gs]'")
+    for name in [name for name in os.environ if name.startswith(("GOOGLE_", "CLOUDSDK_", "STORAGE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "gcloud"))
+    # Nobody is to be asked for credentials.
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    folder = make_dataset(sizes=SIZES)
+    expected = local_batches(folder, tmp_path / "local")
+    with running_gcs(tmp_path / "gcs") as endpoint:
+        files = core.GCSFileSystem(endpoint_url=endpoint, token="anon", skip_instance_cache=True)
+        files.put(str(folder), "bucket/sets/one", recursive=True)
+        url = "gs://bucket/sets/one/"
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+        cap = room_for(folder, 4)
+        with watched(cache) as most:
+            config = config_of(url, tmp_path / "run", remote(max_cache_gb=cap, ahead_steps=2), num_workers=1)
+            assert_same(by_sample(build_loader(config, 0, 1)), expected)
+        assert 0 < most() <= cap * 1e9
+        config = config_of(url, tmp_path / "run", remote(mode="range"), num_workers=1)
+        assert_same(by_sample(build_loader(config, 0, 1)), expected)
+
+        for absent in ("gs://bucket/absent", "gs://no-bucket/one"):
+            with pytest.raises(BadInput, match=rf"^{absent}/dataset\.json: no such file$"):
+                open_dataset(absent, remote())
+        assert_a_shorter_shard_is_told(files, folder, url, remote(cache_dir=str(tmp_path / "other")))
+        for given in (endpoint, endpoint.removeprefix("http://")):
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", given)
+            with pytest.raises(BadInput, match=r"^127\.0\.0\.1 is a private"):
+                open_dataset(url, remote(allow_private_addresses=False))
