@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.atomic import atomic_file
-from data_pipelines.engines.array import SUBMISSIONS, ArrayWork
+from data_pipelines.engines.array import SUBMISSIONS, ArrayWork, check_private, newest_submission
 from data_pipelines.errors import BadInput
 
 JOBS_FILE = "jobs.json"
@@ -174,11 +174,9 @@ def submit(folder: Path, work: ArrayWork, options: SlurmOptions, job_name: str) 
         raise BadInput(f"{folder}: sbatch cannot take quotes, '%', '\\' and control characters in --out")
     submissions = folder / SUBMISSIONS
     submissions.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = submissions.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        # Jobs unpickle what lies there.
-        raise BadInput(f"{submissions}: others may write there; delete it, or build as the user who began")
-    place = submissions / f"{max((int(path.name) for path in submissions.glob('[0-9]*')), default=-1) + 1:03d}"
+    check_private(submissions)
+    last = newest_submission(folder)
+    place = submissions / f"{0 if last is None else int(last.name) + 1:03d}"
     place.mkdir()
     work.save(place)
     (place / "datatrove").mkdir()
@@ -216,8 +214,8 @@ def submit(folder: Path, work: ArrayWork, options: SlurmOptions, job_name: str) 
 
 def last_submission(folder: Path) -> Submission | None:
     """The last submission of the build of a dataset folder; those before it have ended."""
-    places = sorted((folder / SUBMISSIONS).glob("[0-9]*"))
-    return Submission.of(places[-1]) if places else None
+    place = newest_submission(folder)
+    return None if place is None else Submission.of(place)
 
 
 class Watch:

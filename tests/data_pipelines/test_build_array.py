@@ -113,6 +113,23 @@ def test_the_job_script_is_readable_quoted_and_without_secrets(
     assert submission.parent.stat().st_mode & 0o777 == 0o700
 
 
+def test_what_others_may_have_written_is_not_unpickled(tmp_path: Path, manifest: Path) -> None:
+    submission = plan_array(manifest, tmp_path / "out")
+    submission.parent.chmod(0o755)
+    with pytest.raises(BadInput, match="slurm: others may write there"):
+        array.main("build", str(tmp_path / "out"), "0", "1")
+    submission.parent.chmod(0o700)
+    array.main("build", str(submission), "0", "1")
+    assert len(list((tmp_path / "out" / "index").iterdir())) == 5
+
+
+def test_the_thousandth_submission_is_not_the_last(tmp_path: Path) -> None:
+    for number in (7, 999, 1000):
+        (tmp_path / array.SUBMISSIONS / f"{number:03d}").mkdir(parents=True)
+    submission = last_submission(tmp_path)
+    assert submission is not None and submission.folder.name == "1000"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
