@@ -9,7 +9,6 @@ the dataset was made from.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import build_array
-from data_pipelines.atomic import atomic_file
 from data_pipelines.build_folder import BuildFolder
 from data_pipelines.config import BuildConfig, PrepareConfig
 from data_pipelines.dataset import ShardEntry, commit_shard, open_dataset, write_dataset
@@ -85,8 +83,7 @@ def build_shard(source: Source, task: ShardTask, skip_faults: bool, tick: local.
             tick(1)
         # Before the index, which makes the shard count as done: a build that goes on later must find the faults too.
         if faults:
-            with atomic_file(task.faults_file) as file:
-                file.write(json.dumps([[fault.row, vars(fault.line)] for fault in faults]).encode())
+            BuildFolder.write_faults(task.faults_file, faults)
 
     return commit_shard(samples(), task.folder, task.path)
 
@@ -279,8 +276,7 @@ class _Build:
         """The shards that are complete, by path, and the tasks that are left."""
         entries: dict[str, ShardEntry] = {}
         tasks: list[ShardTask] = []
-        for number in range(len(plan.shard_sizes)):
-            path = plan.shard_path(number)
+        for number, path in enumerate(plan.shard_paths):
             entry = folder.complete_shard(path)
             if entry is not None:
                 entries[path] = entry
@@ -288,6 +284,7 @@ class _Build:
                 faults_file = folder.faults_file(path)
                 faults_file.unlink(missing_ok=True)
                 tasks.append(ShardTask(folder.path, path, number, folder.plan_file, faults_file))
+        folder.keep_faults(list(entries), plan.faults)
         if entries:
             progress.say(f"{folder.path}: {len(entries)} of {len(plan.shard_sizes)} shards are there already")
         return entries, tasks
@@ -296,7 +293,7 @@ class _Build:
         """Submit what is left. False when there is nothing to follow: all is done, or it was a dry run."""
         entries, tasks = self._left(BuildFolder(folder.path.resolve()), plan, progress)
         if not tasks:
-            self._finish(folder, plan, [entries[path] for path in sorted(entries)], progress)
+            self._finish(folder, plan, entries, progress)
             return False
         builder = ShardBuilder(self.source, self.skip_faults)
         finish = functools.partial(_finish_after_array, self, plan, folder.path.resolve())
@@ -314,10 +311,10 @@ class _Build:
                 entries[task.path] = entry
         except local.WorkerDied as error:
             raise BadInput(f"{folder.path}: {error}; run it again: complete shards are kept") from error
-        shards = [entries[path] for path in sorted(entries)]
-        self._finish(folder, plan, shards, progress)
+        self._finish(folder, plan, entries, progress)
 
-    def _finish(self, folder: BuildFolder, plan: Plan, shards: list[ShardEntry], progress: Progress) -> None:
+    def _finish(self, folder: BuildFolder, plan: Plan, entries: dict[str, ShardEntry], progress: Progress) -> None:
+        shards = [entries[path] for path in plan.shard_paths]
         faults = sorted([*plan.faults, *folder.read_faults()], key=lambda fault: fault.row)
         kept = [shard for shard in shards if shard.num_samples]
         for shard in shards:
@@ -340,11 +337,11 @@ def finish_build(build: _Build, plan: Plan, path: Path, progress: Progress) -> l
             folder.remove_work()
             _say_result(folder.path, progress)
             return []
-        found = {path: folder.complete_shard(path) for path in map(plan.shard_path, range(len(plan.shard_sizes)))}
-        entries = [entry for entry in found.values() if entry is not None]
+        found = {path: folder.complete_shard(path) for path in plan.shard_paths}
+        entries = {path: entry for path, entry in found.items() if entry is not None}
         if len(entries) == len(found):
             build._finish(folder, plan, entries, progress)
-    return [path for path, entry in found.items() if entry is None]
+    return [path for path in found if path not in entries]
 
 
 def _finish_after_array(build: _Build, plan: Plan, path: Path) -> str | None:

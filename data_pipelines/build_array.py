@@ -110,7 +110,7 @@ def _say_how_to_go_on(submission: slurm.Submission, progress: Progress) -> None:
 
 
 def _wait(folder: BuildFolder, plan: Plan, watch: slurm.Watch, progress: Progress) -> None:
-    missing = dict(enumerate(plan.shard_sizes))
+    missing = dict(zip(plan.shard_paths, plan.shard_sizes, strict=True))
     is_started, said, last = False, "", -_SECONDS_BETWEEN_SUMMARIES
     num_idle, pause = 0, _FIRST_POLL_SECONDS
     # Twice, since a job whose node died looks ended for a moment before Slurm puts it back into the queue.
@@ -119,8 +119,8 @@ def _wait(folder: BuildFolder, plan: Plan, watch: slurm.Watch, progress: Progres
         if watch.array_has_ended():
             # This command is here to do it, at once.
             watch.cancel_finishing()
-        done = [n for n in missing if folder.has_index(plan.shard_path(n))]
-        count = sum(missing.pop(number) for number in done)
+        done = [path for path in missing if folder.has_index(path)]
+        count = sum(missing.pop(path) for path in done)
         if not is_started:
             progress.start(plan.num_rows, count)
             is_started = True

@@ -151,6 +151,27 @@ class BuildFolder:
         files = sorted((self.path / _WORK / "faults").glob("*.json"))
         return [Fault(row, Quarantined(**line)) for file in files for row, line in json.loads(file.read_bytes())]
 
+    def keep_faults(self, paths: Sequence[str], known: Sequence[Fault]) -> None:
+        """Take back, from quarantine.jsonl, the faults of finished shards that are not made again, but for `known`."""
+        try:
+            lines = (self.path / "quarantine.jsonl").read_bytes().splitlines()
+        except FileNotFoundError:
+            return
+        planned = {fault.line for fault in known}
+        by_shard: dict[str, list[Fault]] = {path: [] for path in paths}
+        for line in (Quarantined(**json.loads(line)) for line in lines):
+            if line.shard in by_shard and line not in planned:
+                by_shard[line.shard].append(Fault.again(line))
+        for path, faults in by_shard.items():
+            if faults and not self.faults_file(path).exists():
+                self.write_faults(self.faults_file(path), faults)
+
+    @staticmethod
+    def write_faults(file: Path, faults: Sequence[Fault]) -> None:
+        """Write a shard's faults where `read_faults` finds them."""
+        with atomic_file(file) as out:
+            out.write(json.dumps([[fault.row, vars(fault.line)] for fault in faults]).encode())
+
     def write_quarantine(self, lines: Sequence[Quarantined]) -> None:
         """Write quarantine.jsonl, or none when there is nothing to say."""
         file = self.path / "quarantine.jsonl"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,12 @@ class Fault:
         detail = f"{fault.where}: {fault.detail}"
         return cls(fault.number, Quarantined(shard, fault.key, fault.member, fault.reason, detail))
 
+    @classmethod
+    def again(cls, line: Quarantined) -> Fault:
+        """The fault that became a line of quarantine.jsonl."""
+        row = re.match(r"row (\d+)", line.detail)
+        return cls(0 if row is None else int(row[1]), line)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,9 +78,10 @@ class Plan:
         """Rows that samples will be made of."""
         return sum(self.shard_sizes)
 
-    def shard_path(self, number: int) -> str:
-        """Path of a shard within the dataset folder."""
-        return shard_path(self.prefix, number)
+    @property
+    def shard_paths(self) -> list[str]:
+        """Paths of the shards within the dataset folder, in their order (that of names ends at a million)."""
+        return [shard_path(self.prefix, number) for number in range(len(self.shard_sizes))]
 
 
 def shard_path(prefix: str, number: int) -> str:

@@ -349,6 +349,25 @@ def test_faults_of_finished_shards_survive_a_stop(tmp_path: Path, records: list[
     assert contents(out) == contents(build(manifest, tmp_path / "whole", on_error="skip"))
 
 
+def test_faults_of_whole_shards_survive_a_repair(tmp_path: Path, records: list[Record]) -> None:
+    manifest = break_rows(tmp_path, records)
+    out = build(manifest, tmp_path / "out", on_error="skip")
+    before = contents(out)
+    for shard in ("broken-000000", "broken-000003"):
+        (out / "index" / f"{shard}.arrow").unlink()
+        build(manifest, out, on_error="skip")
+        assert contents(out) == before
+
+
+def test_shards_are_in_the_order_of_their_numbers(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_dataset(build(manifest, tmp_path / "whole", shard_size=1))
+    monkeypatch.setattr("data_pipelines.plan.shard_path", lambda prefix, number: f"shards/{prefix}-{number}.tar")
+    dataset = open_dataset(build(manifest, tmp_path / "out", shard_size=1))
+    assert dataset.keys(range(len(dataset))) == whole.keys(range(len(whole)))
+
+
 def test_a_shard_without_a_good_row_is_left_out(tmp_path: Path, records: list[Record]) -> None:
     for number in range(5, 10):
         for column in ("image", "audio"):
