@@ -209,9 +209,11 @@ class _Build:
                 )
             try:
                 plan = self._plan(folder, folder.new_plan_file, progress.quiet)
-                if not jobs and folder.is_finished() and self._is_done(folder, plan, progress):
-                    folder.remove_work()
-                    return
+                if not jobs and folder.is_finished():
+                    if self._is_done(folder, plan, progress):
+                        folder.remove_work()
+                        return
+                    progress.say(f"{folder.path}: shards are missing or damaged; making them again")
                 folder.claim(plan.sha256, self._record(plan))
                 folder.keep_plan()
                 _say_plan(folder.path, plan, progress)
@@ -265,7 +267,6 @@ class _Build:
         folder.refuse_other_plan(plan.sha256)
         dataset = open_dataset(folder.path)
         if any(folder.complete_shard(shard.path) != shard for shard in dataset.shards):
-            progress.say(f"{folder.path}: shards are missing or damaged; making them again")
             return False
         progress.say(f"{folder.path}: already built ({len(dataset)} samples, {len(dataset.shards)} shards)")
         return True

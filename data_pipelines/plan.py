@@ -6,6 +6,7 @@ own shard's rows and no others.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -171,6 +172,13 @@ def _cells(row: Row) -> dict[str, Any]:
 
 def read_rows(file: Path, shard: int) -> list[Row]:
     """The rows of one shard."""
-    with pq.ParquetFile(file) as plan:
+    status = file.stat()
+    # Reading the footer takes 12 us a shard of the plan: not for each of its shards again.
+    with pq.ParquetFile(file, metadata=_footer(file, status.st_ino, status.st_mtime_ns)) as plan:
         cells = plan.read_row_group(shard).to_pylist()
     return [Row(**{**row, "metadata": json.loads(row["metadata"])}) for row in cells]
+
+
+@functools.lru_cache(maxsize=1)
+def _footer(file: Path, _inode: int, _changed: int) -> pq.FileMetaData:
+    return pq.read_metadata(file)
