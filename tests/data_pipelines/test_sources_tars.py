@@ -128,6 +128,13 @@ def test_bad_samples_are_faults(tmp_path: Path) -> None:
     assert len((out / "quarantine.jsonl").read_text().splitlines()) == 5
 
 
+def test_a_member_that_may_hold_a_pickle_stays_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = write_tar(tmp_path / "a.tar", [{"__key__": "k", "txt": b"t", "pyd": b"p"}, {"__key__": "l", "txt": b"t"}])
+    dataset = open_dataset(build_dataset(tar, tmp_path / "out"))
+    assert dataset.keys(range(2)) == ["k", "l"] and not (tmp_path / "out" / "quarantine.jsonl").exists()
+    assert "members that may hold pickles stay behind, unopened (1)" in capsys.readouterr().err
+
+
 def test_a_damaged_tar_gives_its_whole_samples(tmp_path: Path) -> None:
     data = write_tar(tmp_path / "a.tar", samples(0, 6)).read_bytes()
     (tmp_path / "a.tar").write_bytes(data[: len(data) // 2])
