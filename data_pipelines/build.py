@@ -9,6 +9,7 @@ the dataset was made from.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from data_pipelines.config import BuildConfig, PrepareConfig
 from data_pipelines.dataset import ShardEntry, commit_shard, open_dataset, write_dataset
 from data_pipelines.engines import local
 from data_pipelines.engines.slurm import SlurmOptions
-from data_pipelines.errors import BadInput
+from data_pipelines.errors import BadInput, check_utf8
 from data_pipelines.plan import Fault, Plan, describe_dropped, make_plan, read_rows
 from data_pipelines.progress import Progress
 from data_pipelines.reencode import library_versions
@@ -145,30 +146,38 @@ def build_dataset(
     if name is not None and not _NAME.fullmatch(name):
         raise BadInput(f"name {name!r}: give up to 64 letters, digits, '-', '_' and '.', a letter or digit first")
     allowed = tuple(_allowed_folder(folder) for folder in allow)
-    opened = open_source(
-        str(source),
-        split=split,
-        columns=dict(columns or {}),
-        allowed=allowed,
-        seed=seed,
-        streaming=streaming,
-        prefix_keys=prefix_keys,
-    )
     if slurm is not None:
         slurm.check()
-    opened = open_joined(opened, [str(other) for other in join], columns=dict(join_columns or {}), allowed=allowed)
-    prepare = prepare or PrepareConfig()
-    if prepare != PrepareConfig():
-        opened = PreparedSource(opened, prepare)
-    build = _Build(opened, name, shard_size, on_error == "skip", workers, prepare.reencoded, slurm)
-    with Progress(f"building {out}", "samples", quiet=not progress) as shown:
-        try:
-            build.into(BuildFolder(Path(out)), shown)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            raise BadInput(f"{error.filename or out}: {error.strerror}; complete shards are kept") from error
-    return Path(out)
+    out, prepare = Path(out), prepare or PrepareConfig()
+    try:
+        opened = open_source(
+            str(source),
+            split=split,
+            columns=dict(columns or {}),
+            allowed=allowed,
+            seed=seed,
+            streaming=streaming,
+            prefix_keys=prefix_keys,
+            out=out,
+        )
+        others = [str(other) for other in join]
+        opened = open_joined(opened, others, columns=dict(join_columns or {}), allowed=allowed, out=out)
+        if prepare != PrepareConfig():
+            opened = PreparedSource(opened, prepare)
+        build = _Build(opened, name, shard_size, on_error == "skip", workers, prepare.reencoded, slurm)
+        check_utf8(
+            str(out.resolve()),
+            opened.label,
+            name or opened.default_name,
+            json.dumps(opened.identity(), ensure_ascii=False),
+        )
+        with Progress(f"building {out}", "samples", quiet=not progress) as shown:
+            build.into(BuildFolder(out), shown)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise BadInput(f"{error.filename or out}: {error.strerror}; complete shards are kept") from error
+    return out
 
 
 def build_configured(wanted: BuildConfig) -> Path:
@@ -245,9 +254,18 @@ class _Build:
                 shard_size=self.shard_size,
                 skip_faults=self.skip_faults,
                 file=file,
-                settings=self.reencoded,
+                settings=self._settings,
                 tick=shown.advance,
             )
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        identity = self.source.identity()
+        parts = [identity, *identity.get("joined", [])]
+        # Their rows are references by number, which say nothing of where an image comes from.
+        names = ("dataset", "config", "revision", "split", "columns")
+        numbered = [{name: part[name] for name in names} for part in parts if part["kind"] == "huggingface"]
+        return {**self.reencoded, **({"numbered": numbered} if numbered else {})}
 
     @property
     def _dataset_name(self) -> str:

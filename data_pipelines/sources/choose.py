@@ -31,13 +31,20 @@ def open_source(
     streaming: bool = False,
     prefix_keys: bool = False,
     is_partial: bool = False,
+    out: Path | None = None,
 ) -> Source:
     """The source that a name, a path or a prefix (`files:`, `hf:`, `tars:`) stands for.
 
-    `is_partial` is for a source that is joined to another: its rows may hold metadata alone. Raises `BadInput` when it
-    stands for none, and for an option that this kind of source does not have.
+    `is_partial` is for a source that is joined to another: its rows may hold metadata alone. `out` is what is going to
+    be written, which must not become part of the source. Raises `BadInput` when it stands for none, and for an option
+    that this kind of source does not have.
     """
     kind, target = _kind_of(source)
+    if out is not None and kind in ("files", "hf", "tars") and Path(target).is_dir():
+        if out.resolve().is_relative_to(Path(target).resolve()):
+            raise BadInput(
+                f"{out}: lies within the source {target}, and would be read as part of it; give another --out"
+            )
     if columns and kind in ("digits", "files", "tars"):
         raise BadInput(f"{source}: {_named(kind)} has no columns to map: leave out --column")
     if split is not None and kind in ("files", "tars"):
@@ -75,7 +82,12 @@ def open_source(
 
 
 def open_joined(
-    source: Source, others: Sequence[str], *, columns: dict[str, str] | None = None, allowed: tuple[Path, ...] = ()
+    source: Source,
+    others: Sequence[str],
+    *,
+    columns: dict[str, str] | None = None,
+    allowed: tuple[Path, ...] = (),
+    out: Path | None = None,
 ) -> Source:
     """`source` with what further ones have for the same keys; itself when there are none. Raises `BadInput`."""
     if not others:
@@ -84,7 +96,7 @@ def open_joined(
         return source
     from data_pipelines.sources.join import JoinedSource
 
-    opened = [open_source(other, columns=columns, allowed=allowed, is_partial=True) for other in others]
+    opened = [open_source(other, columns=columns, allowed=allowed, is_partial=True, out=out) for other in others]
     return JoinedSource((source, *opened))
 
 

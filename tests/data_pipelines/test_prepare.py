@@ -185,6 +185,19 @@ def test_settings_that_change_bytes_are_in_the_plan(tmp_path: Path) -> None:
     assert record(out)["plan_sha256"] == before
 
 
+def test_a_build_does_not_go_on_with_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = write_csv(tmp_path / "raw" / "m.csv", write_files(tmp_path / "raw", 9))
+    out = build(manifest, tmp_path / "out", {"image_side": 8})
+    index = next((out / "index").iterdir())
+    versions = {**record(out)["written_with"], "pillow": "1.0"}
+    monkeypatch.setattr("data_pipelines.build.library_versions", lambda: versions)
+    # A finished one is left as it is.
+    build(manifest, out, {"image_side": 8})
+    index.unlink()
+    with pytest.raises(BadInput, match=r"begun with pillow \S+, and here is 1\.0"):
+        build(manifest, out, {"image_side": 8})
+
+
 def test_a_member_that_cannot_be_written_anew_is_a_fault(tmp_path: Path) -> None:
     records = write_files(tmp_path / "raw", 4)
     damaged = tmp_path / "raw" / "images" / "2.png"
