@@ -219,6 +219,7 @@ def test_a_member_that_cannot_be_written_anew_is_a_fault(tmp_path: Path) -> None
         {"min_image_side": 0},
         {"max_seconds": 0},
         {"audio_rate": 10},
+        {"audio_rate": 88_201},
         {"image_format": "gif"},
         {"require": ["video"]},
         {"unknown": 1},
