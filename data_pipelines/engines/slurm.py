@@ -145,8 +145,13 @@ class Submission:
         with atomic_file(self.folder / JOBS_FILE) as file:
             file.write(json.dumps({"array": self.array, "finish": self.finish, "array_size": self.array_size}).encode())
 
+    @property
+    def num_taken(self) -> int:
+        """Parts that Slurm took, from 0 on: where a cluster takes no more, the last arrays are missing."""
+        return len(self.array) * self.array_size
+
     def task_of(self, part: int) -> tuple[str, Path]:
-        """(array task, its log) of a part."""
+        """(array task, its log) of a part below `num_taken`."""
         task = f"{self.array[part // self.array_size]}_{part % self.array_size}"
         return task, self.folder / LOGS / f"{task}.log"
 
