@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import build_array
-from data_pipelines.atomic import atomic_file
 from data_pipelines.build_folder import BuildFolder
 from data_pipelines.config import BuildConfig, PrepareConfig
 from data_pipelines.dataset import ShardEntry, commit_shard, open_dataset, write_dataset
 from data_pipelines.engines import local
 from data_pipelines.engines.slurm import SlurmOptions
-from data_pipelines.errors import BadInput
+from data_pipelines.errors import BadInput, check_utf8
 from data_pipelines.plan import Fault, Plan, describe_dropped, make_plan, read_rows
 from data_pipelines.progress import Progress
 from data_pipelines.reencode import library_versions
@@ -85,8 +84,7 @@ def build_shard(source: Source, task: ShardTask, skip_faults: bool, tick: local.
             tick(1)
         # Before the index, which makes the shard count as done: a build that goes on later must find the faults too.
         if faults:
-            with atomic_file(task.faults_file) as file:
-                file.write(json.dumps([[fault.row, vars(fault.line)] for fault in faults]).encode())
+            BuildFolder.write_faults(task.faults_file, faults)
 
     return commit_shard(samples(), task.folder, task.path)
 
@@ -148,34 +146,43 @@ def build_dataset(
     if name is not None and not _NAME.fullmatch(name):
         raise BadInput(f"name {name!r}: give up to 64 letters, digits, '-', '_' and '.', a letter or digit first")
     allowed = tuple(_allowed_folder(folder) for folder in allow)
-    folder = BuildFolder(Path(out))
-    commits = folder.begun_with()
-    opened = open_source(
-        str(source),
-        split=split,
-        columns=dict(columns or {}),
-        allowed=allowed,
-        seed=seed,
-        streaming=streaming,
-        prefix_keys=prefix_keys,
-        commits=commits,
-    )
     if slurm is not None:
         slurm.check()
-    others = [str(other) for other in join]
-    opened = open_joined(opened, others, columns=dict(join_columns or {}), allowed=allowed, commits=commits)
-    prepare = prepare or PrepareConfig()
-    if prepare != PrepareConfig():
-        opened = PreparedSource(opened, prepare)
-    build = _Build(opened, name, shard_size, on_error == "skip", workers, prepare.reencoded, slurm)
-    with Progress(f"building {out}", "samples", quiet=not progress) as shown:
-        try:
+    out, prepare = Path(out), prepare or PrepareConfig()
+    try:
+        folder = BuildFolder(out)
+        commits = folder.begun_with()
+        opened = open_source(
+            str(source),
+            split=split,
+            columns=dict(columns or {}),
+            allowed=allowed,
+            seed=seed,
+            streaming=streaming,
+            prefix_keys=prefix_keys,
+            commits=commits,
+            out=out,
+        )
+        others = [str(other) for other in join]
+        opened = open_joined(
+            opened, others, columns=dict(join_columns or {}), allowed=allowed, commits=commits, out=out
+        )
+        if prepare != PrepareConfig():
+            opened = PreparedSource(opened, prepare)
+        build = _Build(opened, name, shard_size, on_error == "skip", workers, prepare.reencoded, slurm)
+        check_utf8(
+            str(out.resolve()),
+            opened.label,
+            name or opened.default_name,
+            json.dumps(opened.identity(), ensure_ascii=False),
+        )
+        with Progress(f"building {out}", "samples", quiet=not progress) as shown:
             build.into(folder, shown)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            raise BadInput(f"{error.filename or out}: {error.strerror}; complete shards are kept") from error
-    return Path(out)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise BadInput(f"{error.filename or out}: {error.strerror}; complete shards are kept") from error
+    return out
 
 
 def build_configured(wanted: BuildConfig) -> Path:
@@ -216,9 +223,11 @@ class _Build:
                 )
             try:
                 plan = self._plan(folder, folder.new_plan_file, progress.quiet)
-                if not jobs and folder.is_finished() and self._is_done(folder, plan, progress):
-                    folder.remove_work()
-                    return
+                if not jobs and folder.is_finished():
+                    if self._is_done(folder, plan, progress):
+                        folder.remove_work()
+                        return
+                    progress.say(f"{folder.path}: shards are missing or damaged; making them again")
                 folder.claim(plan.sha256, self._record(plan))
                 folder.keep_plan()
                 _say_plan(folder.path, plan, progress)
@@ -250,9 +259,18 @@ class _Build:
                 shard_size=self.shard_size,
                 skip_faults=self.skip_faults,
                 file=file,
-                settings=self.reencoded,
+                settings=self._settings,
                 tick=shown.advance,
             )
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        identity = self.source.identity()
+        parts = [identity, *identity.get("joined", [])]
+        # Their rows are references by number, which say nothing of where an image comes from.
+        names = ("dataset", "config", "revision", "split", "columns")
+        numbered = [{name: part[name] for name in names} for part in parts if part["kind"] == "huggingface"]
+        return {**self.reencoded, **({"numbered": numbered} if numbered else {})}
 
     @property
     def _dataset_name(self) -> str:
@@ -272,7 +290,6 @@ class _Build:
         folder.refuse_other_plan(plan.sha256)
         dataset = open_dataset(folder.path)
         if any(folder.complete_shard(shard.path) != shard for shard in dataset.shards):
-            progress.say(f"{folder.path}: shards are missing or damaged; making them again")
             return False
         progress.say(f"{folder.path}: already built ({len(dataset)} samples, {len(dataset.shards)} shards)")
         return True
@@ -283,8 +300,7 @@ class _Build:
         """The shards that are complete, by path, and the tasks that are left."""
         entries: dict[str, ShardEntry] = {}
         tasks: list[ShardTask] = []
-        for number in range(len(plan.shard_sizes)):
-            path = plan.shard_path(number)
+        for number, path in enumerate(plan.shard_paths):
             entry = folder.complete_shard(path)
             if entry is not None:
                 entries[path] = entry
@@ -292,6 +308,7 @@ class _Build:
                 faults_file = folder.faults_file(path)
                 faults_file.unlink(missing_ok=True)
                 tasks.append(ShardTask(folder.path, path, number, folder.plan_file, faults_file))
+        folder.keep_faults(list(entries), plan.faults)
         if entries:
             progress.say(f"{folder.path}: {len(entries)} of {len(plan.shard_sizes)} shards are there already")
         return entries, tasks
@@ -300,7 +317,7 @@ class _Build:
         """Submit what is left. False when there is nothing to follow: all is done, or it was a dry run."""
         entries, tasks = self._left(BuildFolder(folder.path.resolve()), plan, progress)
         if not tasks:
-            self._finish(folder, plan, [entries[path] for path in sorted(entries)], progress)
+            self._finish(folder, plan, entries, progress)
             return False
         builder = ShardBuilder(self.source, self.skip_faults)
         finish = functools.partial(_finish_after_array, self, plan, folder.path.resolve())
@@ -318,10 +335,10 @@ class _Build:
                 entries[task.path] = entry
         except local.WorkerDied as error:
             raise BadInput(f"{folder.path}: {error}; run it again: complete shards are kept") from error
-        shards = [entries[path] for path in sorted(entries)]
-        self._finish(folder, plan, shards, progress)
+        self._finish(folder, plan, entries, progress)
 
-    def _finish(self, folder: BuildFolder, plan: Plan, shards: list[ShardEntry], progress: Progress) -> None:
+    def _finish(self, folder: BuildFolder, plan: Plan, entries: dict[str, ShardEntry], progress: Progress) -> None:
+        shards = [entries[path] for path in plan.shard_paths]
         faults = sorted([*plan.faults, *folder.read_faults()], key=lambda fault: fault.row)
         kept = [shard for shard in shards if shard.num_samples]
         for shard in shards:
@@ -344,11 +361,11 @@ def finish_build(build: _Build, plan: Plan, path: Path, progress: Progress) -> l
             folder.remove_work()
             _say_result(folder.path, progress)
             return []
-        found = {path: folder.complete_shard(path) for path in map(plan.shard_path, range(len(plan.shard_sizes)))}
-        entries = [entry for entry in found.values() if entry is not None]
+        found = {path: folder.complete_shard(path) for path in plan.shard_paths}
+        entries = {path: entry for path, entry in found.items() if entry is not None}
         if len(entries) == len(found):
             build._finish(folder, plan, entries, progress)
-    return [path for path, entry in found.items() if entry is None]
+    return [path for path in found if path not in entries]
 
 
 def _finish_after_array(build: _Build, plan: Plan, path: Path) -> str | None:

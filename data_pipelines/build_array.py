@@ -25,6 +25,7 @@ _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS, _POLL_GROWTH = 1.0, 15.0, 1.1
 _SECONDS_BETWEEN_SUMMARIES = 30.0
 # A network file system may show another node's files this much later.
 _SECONDS_FOR_FILES_TO_SHOW = 60.0
+_AGAIN = "run it again: complete shards are kept"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def submit(
     then = f", then job {submission.finish[0]} writes dataset.json" if submission.finish else ""
     jobs = " ".join(submission.array)
     progress.say(f"submitted: array job {jobs}: {len(tasks)} shards in {parts} tasks{then}")
+    if submission.num_taken < parts:
+        progress.say(f"Slurm took {submission.num_taken} of these tasks and no more; when they have ended, {_AGAIN}")
 
 
 def follow(
@@ -110,7 +113,7 @@ def _say_how_to_go_on(submission: slurm.Submission, progress: Progress) -> None:
 
 
 def _wait(folder: BuildFolder, plan: Plan, watch: slurm.Watch, progress: Progress) -> None:
-    missing = dict(enumerate(plan.shard_sizes))
+    missing = dict(zip(plan.shard_paths, plan.shard_sizes, strict=True))
     is_started, said, last = False, "", -_SECONDS_BETWEEN_SUMMARIES
     num_idle, pause = 0, _FIRST_POLL_SECONDS
     # Twice, since a job whose node died looks ended for a moment before Slurm puts it back into the queue.
@@ -119,8 +122,8 @@ def _wait(folder: BuildFolder, plan: Plan, watch: slurm.Watch, progress: Progres
         if watch.array_has_ended():
             # This command is here to do it, at once.
             watch.cancel_finishing()
-        done = [n for n in missing if folder.has_index(plan.shard_path(n))]
-        count = sum(missing.pop(number) for number in done)
+        done = [path for path in missing if folder.has_index(path)]
+        count = sum(missing.pop(path) for path in done)
         if not is_started:
             progress.start(plan.num_rows, count)
             is_started = True
@@ -144,7 +147,6 @@ def _error(folder: BuildFolder, plan: Plan, watch: slurm.Watch, missing: list[st
     for path in failed[1:6]:
         progress.say(f"also failed: {path}: {failures[path].message}; log: {submission.task_of(parts[path])[1]}")
     left = f"{len(missing)} of {len(plan.shard_sizes)} shards are not built"
-    again = "run it again: complete shards are kept"
     if failed:
         failure = failures[failed[0]]
         task, log = submission.task_of(parts[failed[0]])
@@ -153,8 +155,8 @@ def _error(folder: BuildFolder, plan: Plan, watch: slurm.Watch, missing: list[st
             return BadInput(f"{failure.message} ({where}; {left})")
         return RuntimeError(f"{folder.path}: {failure.message} ({where}; {left})")
     unbuilt = [path for path in missing if path in parts]
-    if not unbuilt or not submission.array:
-        return BadInput(f"{folder.path}: {left}; {again}")
+    if not unbuilt or parts[unbuilt[0]] >= submission.num_taken:
+        return BadInput(f"{folder.path}: {left}; {_AGAIN}")
     task, log = submission.task_of(parts[unbuilt[0]])
     end = f"array task {task} ended as {watch.states.get(task, 'gone')} before {unbuilt[0]}"
-    return BadInput(f"{folder.path}: {left}: {end}; log: {log}; {again}")
+    return BadInput(f"{folder.path}: {left}: {end}; log: {log}; {_AGAIN}")

@@ -37,7 +37,7 @@ class BuildFolder:
         self.path = path
         self.plan_file = path / _WORK / "plan.parquet"
         self.new_plan_file = path / _WORK / "plan-new.parquet"
-        self._was_there = path.exists()
+        self._created = [folder for folder in (path, *path.parents) if not folder.exists()]
         self._work_was_there = (path / _WORK).exists()
         self._is_claimed = False
 
@@ -115,9 +115,16 @@ class BuildFolder:
                 raise
 
     def claim(self, plan_sha256: str, record: dict[str, Any]) -> None:
-        """Write build.json, or raise `BadInput` when the one there is of another plan."""
+        """Write build.json, or raise `BadInput` when the one there is of another plan or of other libraries."""
         if (self.path / "build.json").exists():
             self.refuse_other_plan(plan_sha256)
+            begun = json.loads((self.path / "build.json").read_bytes()).get("written_with", {})
+            for library, version in record.get("written_with", {}).items():
+                if begun.get(library) != version:
+                    raise BadInput(
+                        f"{self.path}: begun with {library} {begun.get(library)}, and here is {version}, which may "
+                        "write other bytes; install that one, or delete the folder"
+                    )
         else:
             content = {"format_version": RECORD_VERSION, "plan_sha256": plan_sha256, **record}
             with atomic_file(self.path / "build.json") as file:
@@ -161,6 +168,27 @@ class BuildFolder:
         files = sorted((self.path / _WORK / "faults").glob("*.json"))
         return [Fault(row, Quarantined(**line)) for file in files for row, line in json.loads(file.read_bytes())]
 
+    def keep_faults(self, paths: Sequence[str], known: Sequence[Fault]) -> None:
+        """Take back, from quarantine.jsonl, the faults of finished shards that are not made again, but for `known`."""
+        try:
+            lines = (self.path / "quarantine.jsonl").read_bytes().splitlines()
+        except FileNotFoundError:
+            return
+        planned = {fault.line for fault in known}
+        by_shard: dict[str, list[Fault]] = {path: [] for path in paths}
+        for line in (Quarantined(**json.loads(line)) for line in lines):
+            if line.shard in by_shard and line not in planned:
+                by_shard[line.shard].append(Fault.again(line))
+        for path, faults in by_shard.items():
+            if faults and not self.faults_file(path).exists():
+                self.write_faults(self.faults_file(path), faults)
+
+    @staticmethod
+    def write_faults(file: Path, faults: Sequence[Fault]) -> None:
+        """Write a shard's faults where `read_faults` finds them."""
+        with atomic_file(file) as out:
+            out.write(json.dumps([[fault.row, vars(fault.line)] for fault in faults]).encode())
+
     def write_quarantine(self, lines: Sequence[Quarantined]) -> None:
         """Write quarantine.jsonl, or none when there is nothing to say."""
         file = self.path / "quarantine.jsonl"
@@ -189,8 +217,12 @@ class BuildFolder:
             (self.path / "build.json").unlink(missing_ok=True)
         if self._is_claimed or not self._work_was_there:
             shutil.rmtree(self.path / _WORK, ignore_errors=True)
-        if not self._was_there and not any(self.path.iterdir()):
-            self.path.rmdir()
+        try:
+            for folder in self._created:
+                folder.rmdir()
+        except OSError:
+            # One that is not empty, and so all above it, stays.
+            return
 
     def remove_temporary(self) -> None:
         """Remove half-written files. Call when nothing writes here."""

@@ -21,6 +21,8 @@ _SPACED = frozenset(_BLOCKS.split())
 _ELEMENTS = _SPACED | frozenset(_INLINE.split())
 _UNSEEN = re.compile(r"<(script|style)\b[^<>]*>[^<]*</\1\s*>", re.IGNORECASE)
 _TAG = re.compile(r"<(?:!--[^<>]*|/?([a-zA-Z][a-zA-Z0-9]*)(?:[\s/][^<>]*)?)>")
+# Python refuses to read a number of more than 4,300 digits, and seven are enough for any character.
+_LONG_NUMBER = re.compile(r"&#([0-9]{8,});?")
 # Controls, soft hyphens, zero-width spaces, direction marks, byte order marks. Joiners stay: scripts and emoji need
 # them.
 _INVISIBLE = re.compile(
@@ -35,7 +37,7 @@ def clean_caption(text: str, strip_html: bool = False) -> str | None:
     With `strip_html`, tags of HTML elements go and entities become characters first.
     """
     if strip_html:
-        text = html.unescape(_TAG.sub(_instead, _UNSEEN.sub(" ", text)))
+        text = html.unescape(_LONG_NUMBER.sub(_shortened, _TAG.sub(_instead, _UNSEEN.sub(" ", text))))
     text = _INVISIBLE.sub("", text)
     if not text.isascii():
         text = unicodedata.normalize("NFC", _cut_marks(text))
@@ -49,6 +51,11 @@ def _instead(tag: re.Match[str]) -> str:
     if name not in _ELEMENTS:
         return tag[0]
     return " " if name in _SPACED else ""
+
+
+def _shortened(entity: re.Match[str]) -> str:
+    digits = entity[1].lstrip("0")
+    return f"&#{digits or 0};" if len(digits) < 8 else "\ufffd"
 
 
 def _cut_marks(text: str) -> str:

@@ -78,6 +78,13 @@ class PrepareConfig(Settings):
                 raise ValueError(f"{name!r}: give image, text, audio, or some of them joined by '+'")
         return names
 
+    @field_validator("audio_rate")
+    @classmethod
+    def _fits_flac(cls, rate: int | None) -> int | None:
+        if rate is not None and rate > 65_535 and rate % 10:
+            raise ValueError(f"{rate}: above 65,535 FLAC knows multiples of 10 alone")
+        return rate
+
     @property
     def reencoded(self) -> dict[str, dict[str, int | str | None]]:
         """What members are made of, beside their source: settings by modality, for those that are written anew."""

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from data_pipelines.atomic import atomic_file
 from data_pipelines.config import RemoteConfig
 from data_pipelines.decode import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, DecodeError, decode_metadata, decode_text
-from data_pipelines.errors import BadInput
+from data_pipelines.errors import BadInput, check_utf8
 from data_pipelines.index import FORMAT_VERSION, MEMBERS, MODALITIES, Quarantined, ShardIndex, index_shard
 from data_pipelines.shard import (
     AUDIO_EXTENSIONS,
@@ -174,6 +174,7 @@ def index_folder(folder: Path) -> tuple[Dataset, list[Quarantined]]:
     )
     if not tars:
         raise BadInput(f"{folder}: no .tar file in it or below it")
+    check_utf8(str(folder.resolve()), *tars)
     # All are read before anything is written, so that a file that is no tar leaves the folder as it was.
     indexed = [(path, index_shard(folder / path)) for path in tars]
     entries: list[ShardEntry] = []

@@ -114,7 +114,7 @@ def audio_seconds(data: bytes) -> float:
 
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as sound:
-            return min(sound.frames / sound.samplerate, 1e9) if sound.samplerate > 0 else 0.0
+            return min(max(sound.frames, 0) / sound.samplerate, 1e9) if sound.samplerate > 0 else 0.0
     except Exception:  # noqa: BLE001 - readers of foreign bytes raise anything; decoding says what is wrong
         return 0.0
 

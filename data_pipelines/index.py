@@ -90,6 +90,17 @@ class ShardIndex:
         self._key_bytes = memoryview(keys.buffers()[2] or b"") if len(keys) else memoryview(b"")
         self._first_key = keys.offset
 
+    def _check(self) -> None:
+        """Raise ValueError for what no tar gives. Offsets and sizes are checked as members are read."""
+        for name, extensions in (("image", IMAGE_EXTENSIONS), ("audio", AUDIO_EXTENSIONS)):
+            column = self._columns[f"{name}_extension"]
+            if len(column) and not 0 <= column.min() <= column.max() < len(extensions):
+                raise ValueError(f"{name}_extension outside 0..{len(extensions) - 1}")
+        for name in ("width", "height", "audio_seconds"):
+            column = self._columns[name]
+            if len(column) and not 0 <= column.min() <= column.max() < np.inf:
+                raise ValueError(f"{name} below 0 or not finite")
+
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
@@ -147,7 +158,9 @@ class ShardIndex:
         if not table.schema.equals(_SCHEMA):
             raise BadInput(f"{path}: an index of another version; make it again with `triptych data index`")
         try:
-            return cls(table)
+            index = cls(table)
+            index._check()
+            return index
         except (ValueError, IndexError, TypeError) as error:
             raise BadInput(f"{path}: not an index ({error}); make it again with `triptych data index`") from error
 

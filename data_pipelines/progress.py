@@ -10,6 +10,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from data_pipelines.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -58,9 +60,10 @@ class Progress:
             self.say(f"{self.title}: {self._done}{of_total} {self.unit}")
 
     def say(self, message: str) -> None:
-        """A line of its own."""
+        """A line of its own, or several."""
         if self.quiet:
             return
+        message = "\n".join(map(printable, message.split("\n")))
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -179,6 +179,7 @@ def _count_quarantined(folder: Path) -> int:
 def _built_from(folder: Path) -> Any:
     """What build.json says of the source; null for tars that came from elsewhere."""
     try:
-        return json.loads((folder / "build.json").read_bytes())["source"]
+        source = json.loads((folder / "build.json").read_bytes())["source"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return source if isinstance(source, dict) else None

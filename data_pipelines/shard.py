@@ -21,9 +21,12 @@ from typing import Any
 
 from data_pipelines.atomic import atomic_file
 from data_pipelines.errors import BadInput
+from data_pipelines.tar import MAX_NAME_BYTES
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 AUDIO_EXTENSIONS = ("flac", "wav", "mp3", "ogg")
+# What every extension of a member fits behind.
+_MAX_KEY_BYTES = MAX_NAME_BYTES - len(".webp")
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 
 
@@ -75,6 +78,8 @@ def check_key(key: str) -> None:
         raise BadInput(f"key {key!r} cannot be a member's name: no dots in its last part, no '..', not absolute")
     if "\\" in key or not key.isprintable():
         raise BadInput(f"key {key!r} holds a backslash or a character that does not print")
+    if len(key.encode("utf-8", "surrogateescape")) > _MAX_KEY_BYTES:
+        raise BadInput(f"key {key[:40]!r}... of more than {_MAX_KEY_BYTES} bytes")
 
 
 def _members(sample: Sample) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from data_pipelines.errors import printable
 from data_pipelines.lint import LintReport
 from data_pipelines.lint_shard import KINDS
 
@@ -28,11 +29,6 @@ _HISTOGRAMS = {
     "text_bytes": "text, bytes",
     "text_tokens": "text, tokens",
 }
-
-
-def printable(text: str) -> str:
-    """`text` with everything that does not print (escapes, line ends, lone surrogates) as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def info_table(description: dict[str, Any]) -> RenderableType:
@@ -55,7 +51,7 @@ def info_table(description: dict[str, Any]) -> RenderableType:
     if description["quarantined"]:
         rows.append(("quarantined", f"{description['quarantined']:,} (quarantine.jsonl)"))
     for name, value in rows:
-        facts.add_row(name, Text(printable(value)))
+        facts.add_row(Text(printable(name)), Text(printable(value)))
 
     together = Table("samples with", "count", "", box=None, pad_edge=False)
     most = max(description["combinations"].values())

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from data_pipelines.errors import BadInput
+from data_pipelines.errors import BadInput, printable
 from launch import prepare_options as prepare
 from launch.errors import exits_cleanly
 from launch.inspect_commands import lint_command, preview_command, stats_command
@@ -208,9 +208,15 @@ def index(
     """
     from data_pipelines.dataset import index_folder
 
-    dataset, quarantined = index_folder(folder)
+    try:
+        dataset, quarantined = index_folder(folder)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise BadInput(f"{error.filename or folder}: {error.strerror}") from error
     for line in quarantined[:5]:
-        print(f"quarantined: {line.shard}: {line.key or line.member or '?'}: {line.detail}", file=sys.stderr)
+        what = printable(f"{line.shard}: {line.key or line.member or '?'}: {line.detail}")
+        print(f"quarantined: {what}", file=sys.stderr)
     if len(quarantined) > 5:
         print(f"and {len(quarantined) - 5} more in {folder / 'quarantine.jsonl'}", file=sys.stderr)
     print(f"{folder}: {len(dataset)} samples in {len(dataset.shards)} shards", file=sys.stderr)

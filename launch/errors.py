@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import typer
 from pydantic import ValidationError
 
-from data_pipelines.errors import BadInput
+from data_pipelines.errors import BadInput, printable
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -43,7 +43,7 @@ def exits_cleanly(command: Callable[P, R]) -> Callable[P, R]:
             # The reader of our output has gone (`| head`). Flushing at exit would fail on the same pipe again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
+        print(printable(" ".join(message.splitlines())), file=sys.stderr, flush=True)
         raise typer.Exit(status)
 
     return wrapped

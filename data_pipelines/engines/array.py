@@ -57,7 +57,8 @@ class ArrayWork:
 
     @staticmethod
     def load(submission: Path) -> ArrayWork:
-        """Raises `BadInput` when there is none."""
+        """Raises `BadInput` when there is none, and when it may be somebody else's."""
+        check_private(submission.parent)
         try:
             data = (submission / WORK_FILE).read_bytes()
         except OSError as error:
@@ -150,20 +151,29 @@ def failures(submission: Path) -> dict[str, Failure]:
     return {failure.name: failure for failure in found}
 
 
-def newest_submission(folder: Path) -> Path:
-    """The last submission of the build of a dataset folder. Raises `BadInput` when there is none."""
-    submissions = sorted((folder / SUBMISSIONS).glob("[0-9]*"))
-    if not submissions:
-        raise BadInput(
-            f"{folder}: no build for Slurm; plan one with `triptych data build ... --engine slurm --dry-run`"
-        )
-    return submissions[-1]
+def check_private(submissions: Path) -> None:
+    """Raise `BadInput` unless a folder of submissions is this user's alone: what lies there is unpickled."""
+    try:
+        status = submissions.stat()
+    except OSError as error:
+        raise BadInput(f"{submissions}: {error.strerror}; submit the build again") from error
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise BadInput(f"{submissions}: others may write there; delete it, or build as the user who began")
+
+
+def newest_submission(folder: Path) -> Path | None:
+    """The last submission of the build of a dataset folder."""
+    return max((folder / SUBMISSIONS).glob("[0-9]*"), key=lambda path: int(path.name), default=None)
 
 
 def main(command: str, place: str, *numbers: str) -> None:
     """The program of an array task, or of the job after the array."""
     folder = Path(place).resolve()
     submission = folder if (folder / WORK_FILE).is_file() else newest_submission(folder)
+    if submission is None:
+        raise BadInput(
+            f"{folder}: no build for Slurm; plan one with `triptych data build ... --engine slurm --dry-run`"
+        )
     if command == "build":
         part, num_parts = map(int, numbers)
         build_part(submission, part, num_parts)

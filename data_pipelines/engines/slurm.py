@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.atomic import atomic_file
-from data_pipelines.engines.array import SUBMISSIONS, ArrayWork
+from data_pipelines.engines.array import SUBMISSIONS, ArrayWork, check_private, newest_submission
 from data_pipelines.errors import BadInput
 
 JOBS_FILE = "jobs.json"
@@ -145,8 +145,13 @@ class Submission:
         with atomic_file(self.folder / JOBS_FILE) as file:
             file.write(json.dumps({"array": self.array, "finish": self.finish, "array_size": self.array_size}).encode())
 
+    @property
+    def num_taken(self) -> int:
+        """Parts that Slurm took, from 0 on: where a cluster takes no more, the last arrays are missing."""
+        return len(self.array) * self.array_size
+
     def task_of(self, part: int) -> tuple[str, Path]:
-        """(array task, its log) of a part."""
+        """(array task, its log) of a part below `num_taken`."""
         task = f"{self.array[part // self.array_size]}_{part % self.array_size}"
         return task, self.folder / LOGS / f"{task}.log"
 
@@ -174,11 +179,9 @@ def submit(folder: Path, work: ArrayWork, options: SlurmOptions, job_name: str) 
         raise BadInput(f"{folder}: sbatch cannot take quotes, '%', '\\' and control characters in --out")
     submissions = folder / SUBMISSIONS
     submissions.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = submissions.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        # Jobs unpickle what lies there.
-        raise BadInput(f"{submissions}: others may write there; delete it, or build as the user who began")
-    place = submissions / f"{max((int(path.name) for path in submissions.glob('[0-9]*')), default=-1) + 1:03d}"
+    check_private(submissions)
+    last = newest_submission(folder)
+    place = submissions / f"{0 if last is None else int(last.name) + 1:03d}"
     place.mkdir()
     work.save(place)
     (place / "datatrove").mkdir()
@@ -216,8 +219,8 @@ def submit(folder: Path, work: ArrayWork, options: SlurmOptions, job_name: str) 
 
 def last_submission(folder: Path) -> Submission | None:
     """The last submission of the build of a dataset folder; those before it have ended."""
-    places = sorted((folder / SUBMISSIONS).glob("[0-9]*"))
-    return Submission.of(places[-1]) if places else None
+    place = newest_submission(folder)
+    return None if place is None else Submission.of(place)
 
 
 class Watch:

@@ -32,14 +32,21 @@ def open_source(
     prefix_keys: bool = False,
     is_partial: bool = False,
     commits: Mapping[tuple[str, str | None], str] | None = None,
+    out: Path | None = None,
 ) -> Source:
     """The source that a name, a path or a prefix (`files:`, `hf:`, `tars:`) stands for.
 
     `is_partial` is for a source that is joined to another: its rows may hold metadata alone. `commits` are those of
-    names and revisions on the Hub that a build, which now goes on, was begun with. Raises `BadInput` when it
-    stands for none, and for an option that this kind of source does not have.
+    names and revisions on the Hub that a build, which now goes on, was begun with. `out` is what is going to be
+    written, which must not become part of the source. Raises `BadInput` when it stands for none, and for an option
+    that this kind of source does not have.
     """
     kind, target = _kind_of(source)
+    if out is not None and kind in ("files", "hf", "tars") and Path(target).is_dir():
+        if out.resolve().is_relative_to(Path(target).resolve()):
+            raise BadInput(
+                f"{out}: lies within the source {target}, and would be read as part of it; give another --out"
+            )
     if columns and kind in ("digits", "files", "tars"):
         raise BadInput(f"{source}: {_named(kind)} has no columns to map: leave out --column")
     if split is not None and kind in ("files", "tars"):
@@ -89,6 +96,7 @@ def open_joined(
     columns: dict[str, str] | None = None,
     allowed: tuple[Path, ...] = (),
     commits: Mapping[tuple[str, str | None], str] | None = None,
+    out: Path | None = None,
 ) -> Source:
     """`source` with what further ones have for the same keys; itself when there are none. Raises `BadInput`."""
     if not others:
@@ -98,7 +106,8 @@ def open_joined(
     from data_pipelines.sources.join import JoinedSource
 
     opened = [
-        open_source(other, columns=columns, allowed=allowed, is_partial=True, commits=commits) for other in others
+        open_source(other, columns=columns, allowed=allowed, is_partial=True, commits=commits, out=out)
+        for other in others
     ]
     return JoinedSource((source, *opened))
 

@@ -114,7 +114,7 @@ def _find(reference: str, modality: str, folder: Path, allowed: tuple[Path, ...]
         resolved = path.resolve(strict=True)
     except FileNotFoundError as error:
         raise FileFault("missing", f"{modality} file {path} does not exist") from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise FileFault("unreadable", f"{modality} file {path} cannot be reached ({error})") from error
     if not any(resolved.is_relative_to(root) for root in (folder, *allowed)):
         raise FileFault(

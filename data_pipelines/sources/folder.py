@@ -57,7 +57,7 @@ class FolderSource:
         return {"kind": "files", "folder": self.path.name}
 
     def rows(self) -> Iterator[Item]:
-        """A row for each stem, in the order of the paths' code points."""
+        """A row for each stem, folder by folder: a folder's own files by name, then the folders in it by name."""
         number = 0
         others: Counter[str] = Counter()
         first_seen: dict[str, str] = {}

@@ -21,7 +21,7 @@ from data_pipelines.shard import Sample
 from data_pipelines.sources.cells import clean_text, id_problem, key_of, label_of, metadata_problem, text_problem
 from data_pipelines.sources.files import FileFault, extension_of, make_sample, read_file
 from data_pipelines.sources.huggingface_rows import Cells, Columns, Rows, explained, open_rows
-from data_pipelines.sources.records import plain
+from data_pipelines.sources.records import is_missing, plain
 from data_pipelines.sources.source import Item, Note, Row, RowFault
 
 _MEANINGFUL = ("id", "image", "text", "audio")
@@ -183,6 +183,7 @@ class HuggingFaceSource:
             yield Note(f"{self.label}: columns that JSON cannot hold stay behind: {', '.join(left)}")
 
     def _row(self, number: int, reference: str, cells: Cells, columns: Columns) -> Row | RowFault:
+        cells = {name: cell for name, cell in cells.items() if not _is_nothing(cell)}
         named = {name: cells.get(column) for name, column in columns.named.items()}
         key = key_of(named["id"]) if "id" in columns.named else f"{number - 1:09d}"
 
@@ -204,7 +205,7 @@ class HuggingFaceSource:
         image, audio = (reference if named.get(name) is not None else None for name in ("image", "audio"))
         if not self.is_partial and text is None and image is None and audio is None:
             return fault(None, "empty", "no image, no text and no audio: nothing to learn from")
-        metadata = {name: plain(cells[column]) for name, column in columns.metadata if cells.get(column) is not None}
+        metadata = {name: plain(cells[column]) for name, column in columns.metadata if column in cells}
         if isinstance(metadata.get("label"), int) and columns.label_names is not None:
             names = columns.label_names
             if 0 <= metadata["label"] < len(names):
@@ -215,6 +216,12 @@ class HuggingFaceSource:
         if problem is not None:
             return fault(None, "metadata", problem)
         return Row(number, key, image, text, audio, metadata)
+
+
+def _is_nothing(cell: Any) -> bool:
+    """Whether a cell is missing; an image or a sound whose bytes and path are null is, too."""
+    is_media = isinstance(cell, Mapping) and cell.keys() == {"bytes", "path"}
+    return is_missing(cell) or (is_media and all(value is None for value in cell.values()))
 
 
 def _read_remote(path: str, modality: str) -> bytes:

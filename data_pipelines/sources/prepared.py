@@ -16,6 +16,7 @@ from data_pipelines.config import ImageConfig, PrepareConfig
 from data_pipelines.decode import DecodeError, load_image
 from data_pipelines.headers import audio_seconds, image_size
 from data_pipelines.shard import Sample
+from data_pipelines.sources.cells import key_of, text_problem
 from data_pipelines.sources.source import Change, Drop, Item, Row, RowFault, Source
 
 _MAX_PIXELS = ImageConfig().max_pixels
@@ -57,6 +58,10 @@ class PreparedSource:
             row = self._cleaned(item)
             if row.text != item.text:
                 yield Change("text")
+                # Some characters are longer in NFC.
+                if row.text is not None and (problem := text_problem(row.text)):
+                    yield RowFault.of(row, "text", "text", f"text {problem}")
+                    continue
             reason = self._by_row(row)
             if reason is None and (self._needs_bytes or self.settings.dedup):
                 try:
@@ -113,7 +118,7 @@ class PreparedSource:
         for name, kept in self.settings.keep.items():
             value = row.metadata.get(name)
             found = value if isinstance(value, list) else [value]
-            if not any(str(one) in kept for one in found if one is not None):
+            if not any(_written(one) in kept for one in found):
                 return f"keep.{name}"
         return None
 
@@ -127,6 +132,11 @@ class PreparedSource:
             if audio_seconds(sample.audio) > settings.max_seconds:
                 return "max_seconds"
         return None
+
+
+def _written(value: Any) -> str | None:
+    """A metadata value as a user writes it: `true`, and 2020 where pandas made a 2020.0 of it."""
+    return str(value).lower() if isinstance(value, bool) else key_of(value)
 
 
 class _Duplicates:

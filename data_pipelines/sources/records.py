@@ -46,7 +46,8 @@ def read_records(path: Path) -> tuple[list[str] | None, Iterator[Record | RowFau
     return _read_parquet(path)
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
+    """Whether a cell stands for nothing: a null, an empty text, a NaN."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
@@ -55,10 +56,14 @@ def _read_csv(path: Path) -> tuple[list[str], Iterator[Record | RowFault]]:
     _, header = next(rows, (0, []))
     if not any(header):
         raise BadInput(f"{path}: no header: the first line of a CSV manifest names its columns")
+    _refuse_repeated(path, header)
+    return header, _csv_records(rows, header)
+
+
+def _refuse_repeated(path: Path, header: list[str]) -> None:
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise BadInput(f"{path}: the header names column {repeated[0]!r} more than once")
-    return header, _csv_records(rows, header)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -96,7 +101,7 @@ def _csv_records(rows: Iterator[tuple[int, list[str]]], header: list[str]) -> It
             detail = f"{len(cells)} cells, but the header names {len(header)} columns (a comma in a text needs quotes)"
             yield RowFault(number, line, None, None, "columns", detail)
         else:
-            yield Record(number, line, {n: c for n, c in zip(header, cells, strict=True) if not _is_missing(c)})
+            yield Record(number, line, {n: c for n, c in zip(header, cells, strict=True) if not is_missing(c)})
 
 
 def _read_jsonl(path: Path) -> Iterator[Record | RowFault]:
@@ -118,7 +123,7 @@ def _read_jsonl(path: Path) -> Iterator[Record | RowFault]:
             if not isinstance(value, dict):
                 yield RowFault(number, line, None, None, "json", f"a JSON {type(value).__name__}, not an object")
                 continue
-            yield Record(number, line, {name: cell for name, cell in value.items() if not _is_missing(cell)})
+            yield Record(number, line, {name: cell for name, cell in value.items() if not is_missing(cell)})
 
 
 def _read_parquet(path: Path) -> tuple[list[str], Iterator[Record | RowFault]]:
@@ -129,6 +134,7 @@ def _read_parquet(path: Path) -> tuple[list[str], Iterator[Record | RowFault]]:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{path}: not Parquet ({error})") from error
+    _refuse_repeated(path, file.schema_arrow.names)
     return list(file.schema_arrow.names), _parquet_records(path, file)
 
 
@@ -140,7 +146,7 @@ def _parquet_records(path: Path, file: Any) -> Iterator[Record | RowFault]:
         for batch in file.iter_batches(batch_size=1024):
             for cells in batch.to_pylist():
                 number += 1
-                yield Record(number, None, {n: plain(c) for n, c in cells.items() if not _is_missing(c)})
+                yield Record(number, None, {n: plain(c) for n, c in cells.items() if not is_missing(c)})
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{path}: damaged after row {number} ({error})") from error
 

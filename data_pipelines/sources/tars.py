@@ -19,7 +19,7 @@ from data_pipelines.errors import BadInput
 from data_pipelines.index import Quarantined, ShardIndex, index_shard
 from data_pipelines.shard import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, Sample, ShardReader, check_key, expand_shards
 from data_pipelines.sources.files import FileFault, extension_of, make_sample
-from data_pipelines.sources.source import Item, Row, RowFault
+from data_pipelines.sources.source import Item, Note, Row, RowFault
 
 _EXTENSIONS = {"image": IMAGE_EXTENSIONS, "audio": AUDIO_EXTENSIONS}
 
@@ -57,7 +57,7 @@ class TarSource:
 
     def rows(self) -> Iterator[Item]:
         """A row for each whole sample, tar by tar; what is damaged in a tar is a fault of the place where it stands."""
-        number = 0
+        number = num_pickles = 0
         first_seen: dict[str, str] = {}
         for path in self.paths:
             index = index_shard(self.folder / path)
@@ -72,8 +72,14 @@ class TarSource:
                     first_seen[item.key] = path
                 yield item
             for line in index.quarantined:
+                if line.reason == "pickle":
+                    # The sample is whole without it.
+                    num_pickles += 1
+                    continue
                 number += 1
                 yield _damage(number, path, line)
+        if num_pickles:
+            yield Note(f"{self.label}: members that may hold pickles stay behind, unopened ({num_pickles})")
         if not number:
             raise BadInput(f"{self.label}: no sample in {len(self.paths)} tar(s)")
 

@@ -22,6 +22,8 @@ from data_pipelines.build import build_dataset
 from data_pipelines.dataset import open_dataset
 from data_pipelines.engines import local
 from data_pipelines.errors import BadInput
+from data_pipelines.plan import _footer, make_plan, read_rows
+from data_pipelines.sources import open_source
 from tests.data_pipelines.raw import Record, write_csv, write_files, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -347,6 +349,40 @@ def test_faults_of_finished_shards_survive_a_stop(tmp_path: Path, records: list[
         process.communicate(timeout=60)
     build(manifest, out, on_error="skip")
     assert contents(out) == contents(build(manifest, tmp_path / "whole", on_error="skip"))
+
+
+def test_faults_of_whole_shards_survive_a_repair(
+    tmp_path: Path, records: list[Record], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = break_rows(tmp_path, records)
+    out = build(manifest, tmp_path / "out", on_error="skip")
+    before = contents(out)
+    for shard in ("broken-000000", "broken-000003"):
+        (out / "index" / f"{shard}.arrow").unlink()
+        capsys.readouterr()
+        build(manifest, out, on_error="skip", progress=True)
+        assert contents(out) == before
+        assert capsys.readouterr().err.count("shards are missing or damaged; making them again") == 1
+
+
+def test_the_footer_of_a_plan_is_read_once(tmp_path: Path, manifest: Path) -> None:
+    file = tmp_path / "plan.parquet"
+    options: dict[str, Any] = {"name": "n", "prefix": "p", "skip_faults": False, "file": file}
+    for shard_size in (1, 2):
+        make_plan(open_source(str(manifest)), shard_size=shard_size, **options)
+        misses = _footer.cache_info().misses
+        numbers = [row.number for shard in range(5) for row in read_rows(file, shard)]
+        assert numbers == list(range(1, 5 * shard_size + 1))
+        assert _footer.cache_info().misses == misses + 1
+
+
+def test_shards_are_in_the_order_of_their_numbers(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_dataset(build(manifest, tmp_path / "whole", shard_size=1))
+    monkeypatch.setattr("data_pipelines.plan.shard_path", lambda prefix, number: f"shards/{prefix}-{number}.tar")
+    dataset = open_dataset(build(manifest, tmp_path / "out", shard_size=1))
+    assert dataset.keys(range(len(dataset))) == whole.keys(range(len(whole)))
 
 
 def test_a_shard_without_a_good_row_is_left_out(tmp_path: Path, records: list[Record]) -> None:

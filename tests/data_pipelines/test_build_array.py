@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from data_pipelines import build_array
 from data_pipelines.build import build_dataset
+from data_pipelines.build_folder import BuildFolder
 from data_pipelines.engines import array
 from data_pipelines.engines.slurm import SlurmOptions, Submission, last_submission
 from data_pipelines.errors import BadInput
+from data_pipelines.progress import Progress
 from tests.data_pipelines.raw import write_csv, write_files
 
 pytestmark = pytest.mark.timeout(300)
@@ -113,6 +116,23 @@ def test_the_job_script_is_readable_quoted_and_without_secrets(
     assert submission.parent.stat().st_mode & 0o777 == 0o700
 
 
+def test_what_others_may_have_written_is_not_unpickled(tmp_path: Path, manifest: Path) -> None:
+    submission = plan_array(manifest, tmp_path / "out")
+    submission.parent.chmod(0o755)
+    with pytest.raises(BadInput, match="slurm: others may write there"):
+        array.main("build", str(tmp_path / "out"), "0", "1")
+    submission.parent.chmod(0o700)
+    array.main("build", str(submission), "0", "1")
+    assert len(list((tmp_path / "out" / "index").iterdir())) == 5
+
+
+def test_the_thousandth_submission_is_not_the_last(tmp_path: Path) -> None:
+    for number in (7, 999, 1000):
+        (tmp_path / array.SUBMISSIONS / f"{number:03d}").mkdir(parents=True)
+    submission = last_submission(tmp_path)
+    assert submission is not None and submission.folder.name == "1000"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -139,6 +159,26 @@ def test_a_machine_without_sbatch_says_so(tmp_path: Path, manifest: Path, monkey
     with pytest.raises(BadInput, match="no sbatch here; run it on a login node"):
         build(manifest, tmp_path / "out", slurm=SlurmOptions())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_array_that_slurm_took_a_part_of(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = plan_array(manifest, tmp_path / "out")
+    Submission(place, ["12"], [], array_size=2).note()
+    for part in range(2):
+        array.build_part(place, part, 5)
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:/usr/bin:/bin")
+    finish: Any = array.ArrayWork.load(place).finish
+    _, plan, path = finish.args
+    missing = plan.shard_paths[2:]
+    with (
+        pytest.raises(BadInput, match="out: 3 of 5 shards are not built; run it again"),
+        Progress("", "", True) as quiet,
+    ):
+        build_array.follow(BuildFolder(path), plan, lambda _: missing, wait=True, progress=quiet)
 
 
 def test_parts_are_found_in_arrays_that_the_cluster_split(tmp_path: Path) -> None:

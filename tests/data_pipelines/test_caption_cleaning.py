@@ -35,6 +35,7 @@ def test_plain(text: str, clean: str | None) -> None:
     ("text", "clean"),
     [
         ("a <b>red</b> car<br>H<sub>2</sub>O<p class='x'>end</p>", "a red car H2O end"),
+        (f"&#{'9' * 5000};&#{'0' * 5000}65;&#{'0' * 5000};b&#128512;", "\ufffdA\ufffdb\U0001f600"),
         ("Tom &amp; Jerry &#39;93 &lt;b&gt; &eacute;", "Tom & Jerry '93 <b> é"),
         ("<PERSON> at 5 < 6 > 4, x<y and z>w, I <3 you", "<PERSON> at 5 < 6 > 4, x<y and z>w, I <3 you"),
         ("x<!-- note -->y<script>alert(1)</script>z", "xy z"),

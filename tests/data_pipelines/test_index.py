@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_pipelines.errors import BadInput
@@ -69,6 +70,28 @@ def test_save_and_load(tar: Path, tmp_path: Path) -> None:
         (tmp_path / "bad.arrow").write_bytes(content)
         with pytest.raises(BadInput, match="bad.arrow"):
             ShardIndex.load(tmp_path / "bad.arrow")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("image_extension", 4),
+        ("audio_extension", -1),
+        ("width", -1),
+        ("audio_seconds", np.nan),
+        ("audio_seconds", np.inf),
+    ],
+)
+def test_an_index_with_values_that_no_tar_gives(tar: Path, tmp_path: Path, column: str, value: float) -> None:
+    index_shard(tar).save(tmp_path / "x.arrow", 5, "ab")
+    table = pa.ipc.open_file(tmp_path / "x.arrow").read_all()
+    field = table.schema.field(column)
+    changed = pa.array([value] * table.num_rows, field.type)
+    table = table.set_column(table.schema.get_field_index(column), field, changed)
+    with pa.ipc.new_file(str(tmp_path / "y.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(BadInput, match=f"y.arrow: not an index \\({column} "):
+        ShardIndex.load(tmp_path / "y.arrow")
 
 
 def test_every_cut_keeps_whole_samples_only(tar: Path, tmp_path: Path) -> None:

@@ -57,6 +57,23 @@ def test_rows_are_kept_by_field_and_by_member(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "none").exists()
 
 
+def test_values_are_kept_as_they_are_written(tmp_path: Path) -> None:
+    rows: list[Record] = [
+        {"id": "a", "text": "t", "safe": True, "year": 2020.0},
+        {"id": "b", "text": "t", "safe": False, "year": 2020.5},
+    ]
+    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
+    for keep in ({"safe": ["true"]}, {"year": ["2020"]}):
+        assert keys(build(manifest, tmp_path / next(iter(keep)), {"keep": keep})) == ["a"]
+
+
+def test_a_text_that_cleaning_made_too_long_is_a_fault(tmp_path: Path) -> None:
+    manifest = write_jsonl(tmp_path / "m.jsonl", [{"id": "a", "text": "\u0958" * 300_000}, {"id": "b", "text": "t"}])
+    with pytest.raises(BadInput, match=r"id 'a'\): text has 1800000 bytes; the limit is 1000000"):
+        build(manifest, tmp_path / "out", {"clean_text": True})
+    assert keys(build(manifest, tmp_path / "out", {"clean_text": True}, on_error="skip")) == ["b"]
+
+
 def test_small_images_and_long_sounds_go(tmp_path: Path) -> None:
     rows: list[Record] = []
     for number, (height, width, seconds) in enumerate([(20, 30, 1), (19, 90, 1), (20, 20, 3), (64, 64, 2)]):
@@ -168,6 +185,19 @@ def test_settings_that_change_bytes_are_in_the_plan(tmp_path: Path) -> None:
     assert record(out)["plan_sha256"] == before
 
 
+def test_a_build_does_not_go_on_with_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = write_csv(tmp_path / "raw" / "m.csv", write_files(tmp_path / "raw", 9))
+    out = build(manifest, tmp_path / "out", {"image_side": 8})
+    index = next((out / "index").iterdir())
+    versions = {**record(out)["written_with"], "pillow": "1.0"}
+    monkeypatch.setattr("data_pipelines.build.library_versions", lambda: versions)
+    # A finished one is left as it is.
+    build(manifest, out, {"image_side": 8})
+    index.unlink()
+    with pytest.raises(BadInput, match=r"begun with pillow \S+, and here is 1\.0"):
+        build(manifest, out, {"image_side": 8})
+
+
 def test_a_member_that_cannot_be_written_anew_is_a_fault(tmp_path: Path) -> None:
     records = write_files(tmp_path / "raw", 4)
     damaged = tmp_path / "raw" / "images" / "2.png"
@@ -189,6 +219,7 @@ def test_a_member_that_cannot_be_written_anew_is_a_fault(tmp_path: Path) -> None
         {"min_image_side": 0},
         {"max_seconds": 0},
         {"audio_rate": 10},
+        {"audio_rate": 88_201},
         {"image_format": "gif"},
         {"require": ["video"]},
         {"unknown": 1},

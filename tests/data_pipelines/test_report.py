@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from data_pipelines import report
-from data_pipelines.errors import BadInput
+from data_pipelines.errors import BadInput, printable
 from data_pipelines.report import info
 from data_pipelines.shard import Sample
-from data_pipelines.tables import info_table, printable
+from data_pipelines.tables import info_table
 from tests.data_pipelines.tuples import encode_image, tuple_sample
 
 
@@ -90,6 +90,15 @@ def test_labels_cannot_steer_the_terminal(make_dataset: Callable[..., Path]) -> 
     shown = drawn(info(folder))
     assert "\x1b" not in shown and "\x07" not in shown and "\u202e" not in shown
     assert r"\x1b[31mred\x07[bold]b[/bold]\u202e 2" in shown.replace("\n", "")
+
+
+def test_a_description_from_elsewhere_is_drawn(make_dataset: Callable[..., Path]) -> None:
+    folder = make_dataset(sizes=(2,))
+    content = json.loads((folder / "dataset.json").read_text())
+    content["modalities"]["[/b]"] = 1
+    (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "build.json").write_text('{"source": "here"}')
+    assert "[/b]" in drawn(info(folder))
 
 
 def test_printable() -> None:

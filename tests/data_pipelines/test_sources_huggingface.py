@@ -213,6 +213,40 @@ def test_paths_in_a_dataset_do_not_lead_out(tmp_path: Path) -> None:
     assert reasons == ["path", "path", "path", "format", "empty"]
 
 
+def test_rows_of_another_column_or_split_are_another_dataset(tmp_path: Path) -> None:
+    stored = datasets.Features({name: {"bytes": datasets.Value("binary")} for name in ("one", "two")})
+    rows = {name: [{"bytes": image(n)}] for n, name in enumerate(stored)}
+    made = datasets.Dataset.from_dict(rows, features=stored)
+    datasets.DatasetDict({"a": made, "b": made}).save_to_disk(tmp_path / "saved")
+    options: dict[str, Any] = {"split": "a", "columns": {"image": "one"}, "name": "n", "progress": False}
+    build_dataset(tmp_path / "saved", tmp_path / "out", **options)
+    for other in ({"split": "b"}, {"columns": {"image": "two"}}):
+        with pytest.raises(BadInput, match="holds a dataset made of other rows"):
+            build_dataset(tmp_path / "saved", tmp_path / "out", **{**options, **other})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_counts_as_missing(tmp_path: Path, streaming: bool) -> None:
+    media = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = {"id": datasets.Value("string"), "image": media, "text": datasets.Value("string")}
+    columns = {
+        "id": ["a", "", "c"],
+        "image": [{"bytes": None, "path": None}, {"bytes": image(1), "path": None}, {"bytes": None, "path": "a\0"}],
+        "text": ["t", "t", "t"],
+        "score": [float("nan"), 1.0, 1.0],
+    }
+    made = datasets.Dataset.from_dict(
+        columns, features=datasets.Features({**features, "score": datasets.Value("float64")})
+    )
+    made.save_to_disk(tmp_path / "saved")
+    out = build_dataset(tmp_path / "saved", tmp_path / "out", streaming=streaming, on_error="skip", progress=False)
+    dataset = open_dataset(out)
+    assert dataset.keys(range(len(dataset))) == ["a"]
+    assert (dataset[0].image, dataset[0].metadata) == (None, {})
+    lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["reason"]) for line in lines] == [(None, "key"), ("c", "unreadable")]
+
+
 def test_names_that_are_no_dataset(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     make(3).save_to_disk(tmp_path / "cut")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.errors import BadInput
@@ -133,6 +135,13 @@ def test_keys_that_a_tar_would_change_are_refused(tmp_path: Path, key: str) -> N
 def test_other_keys_are_taken(tmp_path: Path, key: Any) -> None:
     [sample] = read_all(write_jsonl(tmp_path / "m.jsonl", [{"id": key, "text": "t"}]))
     assert sample.key == (str(int(key)) if isinstance(key, float) else str(key))
+
+
+def test_a_parquet_manifest_with_a_column_twice(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["t"]), pa.array(["u"])], names=["id", "text", "text"])
+    pq.write_table(table, tmp_path / "m.parquet")
+    with pytest.raises(BadInput, match="names column 'text' more than once"):
+        list(open_source(str(tmp_path / "m.parquet")).rows())
 
 
 def test_a_repeated_id_names_both_rows(tmp_path: Path) -> None:

@@ -93,6 +93,16 @@ def test_keys_that_each_tar_repeats(tmp_path: Path) -> None:
     assert open_dataset(out).keys(range(4)) == ["a_b/x/0000", "a_b/x/0001", "c/x/0000", "c/x/0001"]
 
 
+@pytest.mark.parametrize("prefix_keys", [False, True])
+def test_keys_that_leave_no_room_for_an_extension(tmp_path: Path, prefix_keys: bool) -> None:
+    key = "k" * (4090 if prefix_keys else 4092)
+    tar = write_tar(tmp_path / "a.tar", [{"__key__": key, "jpg": PNG}, {"__key__": "l", "txt": b"t"}])
+    with pytest.raises(BadInput, match=r"\.\.\. of more than 4091 bytes"):
+        build_dataset(tar, tmp_path / "out", prefix_keys=prefix_keys, progress=False)
+    out = build_dataset(tar, tmp_path / "out", prefix_keys=prefix_keys, on_error="skip", progress=False)
+    assert len(open_dataset(out)) == 1
+
+
 def test_an_extension_that_the_bytes_contradict_is_put_right(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [{"__key__": "k", "png": JPEG}, {"__key__": "l", "jpeg": JPEG}])
     dataset = open_dataset(build_dataset(tar, tmp_path / "out", progress=False))
@@ -126,6 +136,13 @@ def test_bad_samples_are_faults(tmp_path: Path) -> None:
     out = build_dataset(tar, tmp_path / "out", on_error="skip", progress=False)
     assert open_dataset(out).keys([0]) == ["good"]
     assert len((out / "quarantine.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_member_that_may_hold_a_pickle_stays_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = write_tar(tmp_path / "a.tar", [{"__key__": "k", "txt": b"t", "pyd": b"p"}, {"__key__": "l", "txt": b"t"}])
+    dataset = open_dataset(build_dataset(tar, tmp_path / "out"))
+    assert dataset.keys(range(2)) == ["k", "l"] and not (tmp_path / "out" / "quarantine.jsonl").exists()
+    assert "members that may hold pickles stay behind, unopened (1)" in capsys.readouterr().err
 
 
 def test_a_damaged_tar_gives_its_whole_samples(tmp_path: Path) -> None:

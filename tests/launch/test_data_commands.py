@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,10 @@ def test_column_allow_name_and_skip(tmp_path: Path, records: list[Record]) -> No
         (["build", "digits", "--out", "{out}", "--split", "val"], "digits: no split 'val'"),
         (["index", "{out}"], "out: not a folder"),
         (["index", "{raw}"], "raw: no .tar file in it"),
+        (["build", "a" * 300, "--out", "{out}"], "File name too long"),
+        (["build", "files:{raw}", "--out", "{raw}/new"], "raw/new: lies within the source"),
+        (["build", "{manifest}", "--out", "{out}/a/b", "--column", "image=label"], "is none of .jpg"),
+        (["build", "{manifest}", "--out", "{out}\udce9"], r"out\udce9: the name of this file or folder is not UTF-8"),
         (["info", "{raw}"], "raw: no dataset.json in it; make one with `triptych data build`"),
         (["info", "{out}"], "out: no such dataset folder"),
     ],
@@ -229,3 +235,33 @@ def test_options_of_the_wrong_engine_are_refused(
     result = run("build", manifest, "--out", tmp_path / "out", *options)
     assert result.exit_code == 2 and message in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_names_from_elsewhere_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    hostile = "b\x1b]0;taken\x07"
+    manifest = write_csv(tmp_path / "m.csv", [{"id": "a", "image": f"{hostile}.png"}])
+    built = run("build", manifest, "--out", tmp_path / "out")
+    with tarfile.open(tmp_path / "0.tar", "w") as file:
+        for name in ("a.txt", f"{hostile}.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 5
+            file.addfile(info, io.BytesIO(b"hello"))
+    indexed = run("index", tmp_path)
+    assert (built.exit_code, indexed.exit_code) == (2, 0)
+    for shown in (built.stderr, indexed.stderr):
+        assert r"b\x1b]0;taken\x07" in shown and "\x1b" not in shown
+
+
+def test_an_index_that_cannot_be_written(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as file:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 5
+        file.addfile(info, io.BytesIO(b"hello"))
+    (tmp_path / "index").write_text("")
+    result = run("index", tmp_path)
+    assert (result.exit_code, result.stderr) == (2, f"error: {tmp_path}/index: File exists\n")
+    (tmp_path / "index").unlink()
+    (tmp_path / "0.tar").rename(tmp_path / "\udce9.tar")
+    result = run("index", tmp_path)
+    assert result.exit_code == 2 and r"\udce9.tar: the name of this file or folder is not UTF-8" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["\udce9.tar"]
