@@ -115,6 +115,11 @@ class SampleSequence:
         """Samples of all sources together, as many of them as an epoch gives."""
         return sum(self._used)
 
+    @property
+    def num_first_sources(self) -> int:
+        """Sources that the run began with, before any were added."""
+        return len(self._history.changes[0][1] if self._history.changes else self.mixture.counts)
+
     def _make_order(self, source: int, epoch: int) -> Order:
         # Equal datasets that are listed twice must not go in step.
         return Order(self._sizes[source], self._seed + source, epoch, self._streams, self._block)
