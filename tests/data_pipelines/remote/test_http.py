@@ -148,6 +148,21 @@ def test_an_index_with_offsets_outside_its_shard_is_refused(
         _ = open_dataset(nginx.url(), remote(mode="range"))[2]
 
 
+def test_a_bad_index_is_named_by_its_url_and_fetched_again_once_it_is_mended(
+    nginx: Nginx, make_dataset: MakeDataset, remote: Remote, cache: Path
+) -> None:
+    folder = make_dataset(sizes=(3, 3))
+    one, other = (folder / shard.index for shard in open_dataset(folder).shards)
+    good = one.read_bytes()
+    for content, words in ((good[:200], "not an index"), (other.read_bytes(), "index is of another tar")):
+        one.write_bytes(content)
+        with pytest.raises(BadInput, match=rf"^http://.*/index/dataset-000000\.arrow: .*{words}"):
+            _ = open_dataset(nginx.url(), remote())[0]
+        assert not names(cache, ".arrow")
+    one.write_bytes(good)
+    assert open_dataset(nginx.url(), remote())[0].key == "sample-00000"
+
+
 def test_what_is_not_there_is_said_at_once(nginx: Nginx, make_dataset: MakeDataset, remote: Remote) -> None:
     with pytest.raises(BadInput, match=r"absent/dataset\.json: HTTP 404 Not Found; is the URL"):
         open_dataset(nginx.url("absent"), remote())
