@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,13 +157,18 @@ class ShardIndex:
     @classmethod
     def _read(cls, source: pa.NativeFile, where: str) -> ShardIndex:
         try:
-            if not pa.ipc.open_file(source).schema.equals(_SCHEMA):
+            # For its footer: a file that lost its end is damaged, whatever still stands before.
+            pa.ipc.open_file(source)
+            source.seek(len(_MAGIC))
+            messages = pa.ipc.MessageReader.open_stream(source)
+            schema = pa.ipc.read_schema(messages.read_next_message())
+            if not schema.equals(_SCHEMA):
                 raise BadInput(f"{where}: an index of another version; make it again with `triptych data index`")
-            table = _read_table(source)
+            table = pa.Table.from_batches(_batches(messages, schema), schema)
             table.validate(full=True)
             index = cls(table)
             index._check_values()
-        except (OSError, ValueError, IndexError, TypeError, struct.error, pa.ArrowException) as error:
+        except (OSError, ValueError, IndexError, TypeError, StopIteration, struct.error, pa.ArrowException) as error:
             raise _no_index(where, error) from error
         return index
 
@@ -182,17 +188,12 @@ def _no_index(where: str, error: Exception) -> BadInput:
     return BadInput(f"{where}: not an index ({detail}); make it again with `triptych data index`")
 
 
-def _read_table(source: pa.NativeFile) -> pa.Table:
+def _batches(messages: pa.ipc.MessageReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """The rows, message by message: a buffer that says it is compressed would be inflated to whatever size it says."""
-    source.seek(len(_MAGIC))
-    messages = pa.ipc.MessageReader.open_stream(source)
-    schema = pa.ipc.read_schema(messages.read_next_message())
-    batches = []
     for message in messages:
         if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
             raise ValueError(f"a compressed part, or one that holds no rows ({message.type})")
-        batches.append(pa.ipc.read_record_batch(message, schema))
-    return pa.Table.from_batches(batches, schema)
+        yield pa.ipc.read_record_batch(message, schema)
 
 
 def _is_compressed(metadata: bytes) -> bool:

@@ -106,11 +106,8 @@ def test_an_index_that_lies_about_its_bytes_is_refused(tar: Path, tmp_path: Path
     small = [pa.array(np.zeros(1 << 20, kind)) for kind in COLUMN_TYPES.values()]
     many = pa.Table.from_arrays([pa.array([""] * (1 << 20)), *small], schema=table.schema)
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with (
-        pa.OSFile(str(tmp_path / "bomb.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, table.schema, options=options) as w,
-    ):
-        w.write_table(many)
+    with pa.ipc.new_file(tmp_path / "bomb.arrow", table.schema, options=options) as writer:
+        writer.write_table(many)
     lies = {
         "bomb": ((tmp_path / "bomb.arrow").read_bytes(), "a compressed part"),
         "key": (raw.replace(b"sample-00003", b"sample-\xff\xff003"), "UTF8"),
