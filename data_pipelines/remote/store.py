@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _MOST_DATASET_BYTES = 1 << 30
 _MOST_INDEX_BYTES = 1 << 30
 _INDEX_SUFFIX = ".arrow"
+_NAMES = r"[0-9a-f]{64}\.(tar|arrow)"
 
 
 class Reading(threading.local):
@@ -79,7 +80,7 @@ class RemoteStore:
         self.settings = settings
         self.next_use: NextUse | None = None
         self._folder = folder
-        self._cache = FileCache(cache_folder(settings), int(settings.max_cache_gb * 1e9), keep=_INDEX_SUFFIX)
+        self._cache = FileCache(cache_folder(settings), int(settings.max_cache_gb * 1e9), _NAMES, keep=_INDEX_SUFFIX)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "next_use": None}
