@@ -16,6 +16,7 @@ from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import BadInput
 from data_pipelines.remote.addresses import allowed_addresses, is_public, refused
 from data_pipelines.remote.folder import Broken, WrongSize
+from data_pipelines.remote.urls import hide_credentials
 
 Result = TypeVar("Result")
 
@@ -135,4 +136,4 @@ class ObjectFolder:
 
 
 def _shown(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return hide_credentials(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)

@@ -156,6 +156,9 @@ class _RangeReader:
 
     def read(self, offset: int, size: int) -> bytes:
         where = f"{self._folder.location}/{self._path}"
+        if not size:
+            # There is no range of no bytes: a server would send the whole shard.
+            return b""
         with reading.waits():
             try:
                 return Attempts(where, self._settings).run(lambda: self._folder.read(self._path, offset, size))
