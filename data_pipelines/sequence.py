@@ -98,7 +98,10 @@ class SampleSequence:
         self.global_batch = global_batch
         # The epochs that a batch may touch: of each source the present one and the next.
         self._order = functools.lru_cache(maxsize=2 * len(sources) + 1)(self._make_order)
-        self.mixture = Mixture(weights)
+        try:
+            self.mixture = Mixture(weights)
+        except ValueError as error:
+            raise BadInput(f"data.train: {error}") from error
         self._history = MixtureHistory(self.mixture)
         if tail == "drop" and len(sources) > 1:
             raise BadInput("data.tail: drop needs a single training dataset; with a mixture epochs end at no batch")
