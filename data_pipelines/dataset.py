@@ -7,14 +7,13 @@ can be made again.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from data_pipelines.atomic import atomic_file
 from data_pipelines.config import RemoteConfig
 from data_pipelines.decode import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES, DecodeError, decode_metadata, decode_text
 from data_pipelines.errors import BadInput, check_utf8
-from data_pipelines.index import FORMAT_VERSION, MEMBERS, MODALITIES, Quarantined, ShardIndex, index_shard
+from data_pipelines.index import COLUMN_TYPES, FORMAT_VERSION, MEMBERS, MODALITIES, Quarantined, ShardIndex, index_shard
 from data_pipelines.shard import (
     AUDIO_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -43,11 +42,17 @@ LIMITS = {
     "json": MAX_METADATA_BYTES,
 }
 """Most bytes of a member that is read."""
-# Each open shard holds one descriptor and one mapping; the usual soft limit is 1,024 descriptors.
-_OPEN_SHARDS = 256
+# Each open tar holds a descriptor; the usual soft limit is 1,024.
+_MOST_OPEN = 256
+# An index holds a mapping. All ranks look into the indexes of all shards in use, which are some 1,300 by default.
+_MOST_INDEXES = 4096
 _MOST_AT_ONCE = 1 << 20
 
+# What dataset.json may say of one shard: far more than there is, and sums that fit 64 bits.
+_MOST_SAMPLES, _MOST_BYTES = 1 << 40, 1 << 60
+
 IntArray = npt.NDArray[np.int64]
+Kept = TypeVar("Kept")
 
 
 class ShardEntry(BaseModel):
@@ -56,8 +61,8 @@ class ShardEntry(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: str
-    num_samples: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    num_samples: int = Field(ge=0, le=_MOST_SAMPLES)
+    bytes: int = Field(ge=0, le=_MOST_BYTES)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     index: str
     modalities: dict[str, int]
@@ -246,6 +251,8 @@ def _parse(raw: bytes, where: str) -> _DatasetFile:
         for name in (shard.path, shard.index):
             if name.startswith("/") or ".." in PurePosixPath(name).parts:
                 raise BadInput(f"{where}: the path {name!r} leads out of the dataset folder")
+            if not name.isprintable():
+                raise BadInput(f"{where}: the path {name!r} holds a character that does not print")
     if content.num_samples != sum(shard.num_samples for shard in content.shards):
         raise BadInput(f"{where}: num_samples is {content.num_samples}, but the shards add up to something else")
     if content.fingerprint != fingerprint(content.shards):
@@ -255,32 +262,14 @@ def _parse(raw: bytes, where: str) -> _DatasetFile:
     return content
 
 
-class _OpenShard:
-    """A shard's index, and its tar once a byte of it is wanted: costs are asked of many more shards than bytes are."""
-
-    def __init__(self, store: ShardStore, entry: ShardEntry) -> None:
-        self.entry = entry
-        self._store = store
-        self.index = store.index(entry)
-        if self.index.sha256 != entry.sha256 or len(self.index) != entry.num_samples:
-            where = f"{store.location}/{entry.index}"
-            raise BadInput(f"{where}: the index is of another tar; run `triptych data index` again")
-
-    @functools.cached_property
-    def _kept(self) -> MemberReader:
-        return self._store.open(self.entry)
-
-    @contextmanager
-    def reading(self) -> Iterator[MemberReader]:
-        """The open tar. Raises `BadInput` when it is gone or has another size than dataset.json says."""
-        if self._store.keeps_open:
-            yield self._kept
-            return
-        reader = self._store.open(self.entry)
-        try:
-            yield reader
-        finally:
-            reader.close()
+def _keep(kept: dict[int, Kept], number: int, made: Kept, most: int) -> Kept:
+    """Keep `made`, and let go of what was kept first."""
+    # No lock: threads may make one twice, which is harmless, and a fork cannot inherit a held lock. What is let go of
+    # closes when its last reader does.
+    kept[number] = made
+    while len(kept) > most:
+        kept.pop(next(iter(list(kept))), None)
+    return made
 
 
 class Dataset:
@@ -295,7 +284,8 @@ class Dataset:
         self.shards = tuple(content.shards)
         self.shard_sizes: IntArray = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
         self._starts: IntArray = np.concatenate([[0], np.cumsum(self.shard_sizes)]).astype(np.int64)
-        self._open: dict[int, _OpenShard] = {}
+        self._indexes: dict[int, ShardIndex] = {}
+        self._readers: dict[int, MemberReader] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -304,7 +294,7 @@ class Dataset:
         return f"Dataset({self.location!r}, {len(self)} samples, {len(self.shards)} shards, {self.modalities})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_indexes": {}, "_readers": {}}
 
     @property
     def location(self) -> str:
@@ -325,18 +315,23 @@ class Dataset:
 
     def index(self, shard: int) -> ShardIndex:
         """The index of shard number `shard`. Raises `BadInput` when it cannot be had or is of another tar."""
-        return self._shard(shard).index
+        index = self._indexes.get(shard)
+        if index is None:
+            index = _keep(self._indexes, shard, self.store.index(self.shards[shard]), _MOST_INDEXES)
+        return index
 
-    def _shard(self, number: int) -> _OpenShard:
-        shard = self._open.get(number)
-        if shard is None:
-            shard = _OpenShard(self.store, self.shards[number])
-            # No lock: threads may open a shard twice, which is harmless, and a fork cannot inherit a held lock. An
-            # evicted shard closes when its last reader lets go.
-            self._open[number] = shard
-            while len(self._open) > _OPEN_SHARDS:
-                self._open.pop(next(iter(list(self._open))), None)
-        return shard
+    @contextmanager
+    def _reading(self, shard: int) -> Iterator[MemberReader]:
+        """The open tar. Raises `BadInput` when it is gone or has another size than dataset.json says."""
+        if self.store.keeps_open:
+            reader = self._readers.get(shard)
+            yield reader or _keep(self._readers, shard, self.store.open(self.shards[shard]), _MOST_OPEN)
+            return
+        reader = self.store.open(self.shards[shard])
+        try:
+            yield reader
+        finally:
+            reader.close()
 
     def locate(self, ids: npt.ArrayLike) -> tuple[IntArray, IntArray]:
         """(shard number, row in the shard) of sample ids, both int64. Raises IndexError outside 0..N-1."""
@@ -346,28 +341,31 @@ class Dataset:
         shard = np.searchsorted(self._starts, wanted, side="right") - 1
         return shard, wanted - self._starts[shard]
 
-    def _column(self, name: str, ids: npt.ArrayLike) -> npt.NDArray[Any]:
+    def _columns(self, names: Sequence[str], ids: npt.ArrayLike) -> list[npt.NDArray[Any]]:
+        """Columns of the index at these samples; each shard's index is looked at once."""
         shards, rows = self.locate(ids)
-        parts = np.empty(len(rows), dtype=self._shard(int(shards[0])).index[name].dtype) if len(rows) else rows
-        for number in np.unique(shards):
+        found = [np.empty(len(rows), dtype=COLUMN_TYPES[name]) for name in names]
+        for number in np.unique(shards).tolist():
             here = shards == number
-            parts[here] = self._shard(int(number)).index[name][rows[here]]
-        return parts
+            index = self.index(number)
+            for column, name in zip(found, names, strict=True):
+                column[here] = index[name][rows[here]]
+        return found
 
     def costs(self, ids: npt.ArrayLike) -> Costs:
         """What these samples cost: text bytes, pixels and seconds of sound, from the index alone."""
-        text = np.maximum(self._column("text_size", ids), 0)
-        width, height = (self._column(name, ids).astype(np.int64) for name in ("width", "height"))
-        return Costs(text, width * height, self._column("audio_seconds", ids), width, height)
+        text, wide, high, seconds = self._columns(("text_size", "width", "height", "audio_seconds"), ids)
+        width, height = wide.astype(np.int64), high.astype(np.int64)
+        return Costs(np.maximum(text, 0), width * height, seconds, width, height)
 
     def sizes(self, member: str, ids: npt.ArrayLike) -> IntArray:
         """Bytes of `image`, `text`, `audio` or `json` in these samples; -1 where missing."""
-        return self._column(f"{member}_size", ids)
+        return self._columns((f"{member}_size",), ids)[0]
 
     def keys(self, ids: npt.ArrayLike) -> list[str]:
         """Keys of these samples."""
         shards, rows = self.locate(ids)
-        return [self._shard(s).index.key(r) for s, r in zip(shards.tolist(), rows.tolist(), strict=True)]
+        return [self.index(s).key(r) for s, r in zip(shards.tolist(), rows.tolist(), strict=True)]
 
     def read(
         self, ids: npt.ArrayLike, members: Sequence[str] = MEMBERS, limits: Mapping[str, int] | None = None
@@ -386,40 +384,10 @@ class Dataset:
         """What `read` returns, one by one as (place in `ids`, sample): one sample's bytes are held at a time."""
         shards, rows = self.locate(ids)
         for number, places in itertools.groupby(np.lexsort((rows, shards)).tolist(), lambda place: int(shards[place])):
-            shard = self._shard(number)
-            with shard.reading() as reader:
+            index, path = self.index(number), self.shards[number].path
+            with self._reading(number) as reader:
                 for place in places:
-                    yield place, self._read_row(shard, reader, int(rows[place]), members, limits or {})
-
-    def _read_row(
-        self, shard: _OpenShard, reader: MemberReader, row: int, members: Sequence[str], limits: Mapping[str, int]
-    ) -> RawSample:
-        index = shard.index
-        spans = {name: (int(index[f"{name}_offset"][row]), int(index[f"{name}_size"][row])) for name in members}
-        there = {name: span for name, span in spans.items() if span[1] >= 0}
-        data: dict[str, bytes] = {}
-        too_large = next((name for name, (_, size) in there.items() if size > limits.get(name, size)), None)
-        if there and too_large is None:
-            first = min(offset for offset, _ in there.values())
-            length = max(offset + size for offset, size in there.values()) - first
-            # Members lie side by side, so one read takes the sample; not so where a large one is left out between. The
-            # bytes are held twice then, which a large sample must not cost.
-            if length <= min(sum(size for _, size in there.values()) + 8192, _MOST_AT_ONCE):
-                block = reader.read(first, length)
-                data = {name: block[offset - first : offset - first + size] for name, (offset, size) in there.items()}
-            else:
-                data = {name: reader.read(offset, size) for name, (offset, size) in there.items()}
-        return RawSample(
-            index.key(row),
-            shard.entry.path,
-            data.get("image"),
-            data.get("text"),
-            data.get("audio"),
-            data.get("json"),
-            IMAGE_EXTENSIONS[int(index["image_extension"][row])],
-            AUDIO_EXTENSIONS[int(index["audio_extension"][row])],
-            too_large,
-        )
+                    yield place, _read_row(index, path, reader, int(rows[place]), members, limits or {})
 
     def __getitem__(self, position: int) -> Sample:
         """Sample `position`, negative from the end.
@@ -453,3 +421,33 @@ class Dataset:
         if not 0 <= wanted < len(self):
             raise IndexError(f"sample {position} of {len(self)}")
         return wanted
+
+
+def _read_row(
+    index: ShardIndex, path: str, reader: MemberReader, row: int, members: Sequence[str], limits: Mapping[str, int]
+) -> RawSample:
+    spans = {name: (int(index[f"{name}_offset"][row]), int(index[f"{name}_size"][row])) for name in members}
+    there = {name: span for name, span in spans.items() if span[1] >= 0}
+    data: dict[str, bytes] = {}
+    too_large = next((name for name, (_, size) in there.items() if size > limits.get(name, size)), None)
+    if there and too_large is None:
+        first = min(offset for offset, _ in there.values())
+        length = max(offset + size for offset, size in there.values()) - first
+        # Members lie side by side, so one read takes the sample; not so where a large one is left out between. The
+        # bytes are held twice then, which a large sample must not cost.
+        if length <= min(sum(size for _, size in there.values()) + 8192, _MOST_AT_ONCE):
+            block = reader.read(first, length)
+            data = {name: block[offset - first : offset - first + size] for name, (offset, size) in there.items()}
+        else:
+            data = {name: reader.read(offset, size) for name, (offset, size) in there.items()}
+    return RawSample(
+        index.key(row),
+        path,
+        data.get("image"),
+        data.get("text"),
+        data.get("audio"),
+        data.get("json"),
+        IMAGE_EXTENSIONS[int(index["image_extension"][row])],
+        AUDIO_EXTENSIONS[int(index["audio_extension"][row])],
+        too_large,
+    )

@@ -27,7 +27,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from data_pipelines.config import AudioConfig, ImageConfig
-from data_pipelines.headers import image_size, jpeg_scans, png_chunks
+from data_pipelines.headers import image_size, jpeg_first_scan, jpeg_scans, png_chunks
 
 MAX_IMAGE_BYTES = 64 << 20
 MAX_AUDIO_BYTES = 64 << 20
@@ -137,7 +137,7 @@ def load_image(data: bytes, max_pixels: int, enough: tuple[int, int] | None = No
     chunks = _FREE_CHUNKS + len(data) // _BYTES_A_CHUNK
     if kind == "PNG" and png_chunks(data, chunks) > chunks:
         raise DecodeError("size", f"a PNG of more than {chunks} chunks")
-    if kind == "JPEG" and not jpeg_scans(data, 0):
+    if kind == "JPEG" and not jpeg_first_scan(data):
         raise DecodeError("decode", "a JPEG without a picture, or behind too many segments")
     try:
         image: Image.Image = _OPENERS[kind](io.BytesIO(data))
@@ -163,10 +163,11 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def _check_scans(data: bytes, image: Image.Image, max_pixels: int) -> None:
-    progressive, large = "progressive" in image.info, image.width * image.height > max_pixels // 2
+    large = image.width * image.height > max_pixels // 2
     if large and image.mode == "CMYK":
         _check_pixels(*image.size, max_pixels // 2)
-    if not progressive and not large:
+    if "progressive" not in image.info and jpeg_first_scan(data) == len(image.getbands()):
+        # All is in one scan, and nothing behind it is decoded.
         return
     scans = jpeg_scans(data, _MAX_JPEG_SCANS)
     if scans > _MAX_JPEG_SCANS:

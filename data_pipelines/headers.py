@@ -66,6 +66,12 @@ def _jpeg_segments(data: bytes, position: int) -> Iterator[tuple[int, int]]:
             position += max(2, int.from_bytes(data[position : position + 2], "big"))
 
 
+def jpeg_first_scan(data: bytes) -> int:
+    """Components (1 to 4) that a JPEG's first scan holds; 0 where none is reached."""
+    scan = next((at for marker, at in _jpeg_segments(data, 2) if marker == _START_OF_SCAN), -1)
+    return data[scan + 4] if 0 <= scan < len(data) - 4 else 0
+
+
 def jpeg_scans(data: bytes, limit: int) -> int:
     """Scans of a JPEG, counted up to `limit` + 1; 0 where none is reached. Each may cost as much as a whole picture."""
     position, count = 2, 0

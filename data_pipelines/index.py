@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ _PICKLED = frozenset({"pickle", "pkl", "pt", "pth", "pyd"})
 _OBJECT_DTYPE = re.compile(rb"'descr': *'\|O")
 _NPY_HEAD_BYTES = 256
 _MOST_NAMED = 5
+_MOST_DETAIL = 200
+_MAGIC = b"ARROW1\0\0"
 _SCHEMA = pa.schema(
     [pa.field("key", pa.string(), nullable=False)]
     + [pa.field(f"{member}_{what}", pa.int64(), nullable=False) for member in MEMBERS for what in ("offset", "size")]
@@ -43,8 +47,9 @@ _SCHEMA = pa.schema(
         pa.field("audio_seconds", pa.float32(), nullable=False),
     ]
 )
-_COLUMNS = _SCHEMA.names[1:]
 _NUMPY: dict[str, type[np.generic]] = {"int64": np.int64, "int32": np.int32, "int8": np.int8, "float": np.float32}
+COLUMN_TYPES = {name: _NUMPY[str(_SCHEMA.field(name).type)] for name in _SCHEMA.names[1:]}
+"""The columns that are arrays, which is all but the keys."""
 
 
 def _view(column: pa.ChunkedArray, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -81,7 +86,7 @@ class ShardIndex:
         self._table = table
         self.quarantined = quarantined
         # Straight from Arrow's buffers: its own conversion imports pandas, a second in every worker.
-        self._columns = {name: _view(table.column(name), _NUMPY[str(_SCHEMA.field(name).type)]) for name in _COLUMNS}
+        self._columns = {name: _view(table.column(name), kind) for name, kind in COLUMN_TYPES.items()}
         keys = table.column("key").combine_chunks()
         keys = keys.chunk(0) if isinstance(keys, pa.ChunkedArray) else keys
         self._key_ends: npt.NDArray[np.int32] = (
@@ -89,17 +94,6 @@ class ShardIndex:
         )
         self._key_bytes = memoryview(keys.buffers()[2] or b"") if len(keys) else memoryview(b"")
         self._first_key = keys.offset
-
-    def _check(self) -> None:
-        """Raise ValueError for what no tar gives. Offsets and sizes are checked as members are read."""
-        for name, extensions in (("image", IMAGE_EXTENSIONS), ("audio", AUDIO_EXTENSIONS)):
-            column = self._columns[f"{name}_extension"]
-            if len(column) and not 0 <= column.min() <= column.max() < len(extensions):
-                raise ValueError(f"{name}_extension outside 0..{len(extensions) - 1}")
-        for name in ("width", "height", "audio_seconds"):
-            column = self._columns[name]
-            if len(column) and not 0 <= column.min() <= column.max() < np.inf:
-                raise ValueError(f"{name} below 0 or not finite")
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -149,20 +143,73 @@ class ShardIndex:
         """Memory-map an index. Raises `BadInput` when there is none or it is not one of ours."""
         try:
             with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
-            table.validate()
+                return cls._read(source, str(path))
         except FileNotFoundError as error:
             raise BadInput(f"{path}: the index is missing; make it again with `triptych data index`") from error
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise BadInput(f"{path}: not an index ({error}); make it again with `triptych data index`") from error
-        if not table.schema.equals(_SCHEMA):
-            raise BadInput(f"{path}: an index of another version; make it again with `triptych data index`")
+        except OSError as error:
+            raise _no_index(str(path), error) from error
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> ShardIndex:
+        """The index in these bytes, which come from `where`. Raises `BadInput` when it is not one of ours."""
+        return cls._read(pa.BufferReader(data), where)
+
+    @classmethod
+    def _read(cls, source: pa.NativeFile, where: str) -> ShardIndex:
         try:
+            # For its footer: a file that lost its end is damaged, whatever still stands before.
+            pa.ipc.open_file(source)
+            source.seek(len(_MAGIC))
+            messages = pa.ipc.MessageReader.open_stream(source)
+            schema = pa.ipc.read_schema(messages.read_next_message())
+            if not schema.equals(_SCHEMA):
+                raise BadInput(f"{where}: an index of another version; make it again with `triptych data index`")
+            table = pa.Table.from_batches(_batches(messages, schema), schema)
+            table.validate(full=True)
             index = cls(table)
-            index._check()
-            return index
-        except (ValueError, IndexError, TypeError) as error:
-            raise BadInput(f"{path}: not an index ({error}); make it again with `triptych data index`") from error
+            index._check_values()
+        except (OSError, ValueError, IndexError, TypeError, StopIteration, struct.error, pa.ArrowException) as error:
+            raise _no_index(where, error) from error
+        return index
+
+    def _check_values(self) -> None:
+        """Raise ValueError for what no tar gives: the file may come from a stranger."""
+        _ = self.num_bytes, self.sha256
+        least = {f"{member}_size": -1 for member in MEMBERS}
+        most = {"image_extension": len(IMAGE_EXTENSIONS) - 1, "audio_extension": len(AUDIO_EXTENSIONS) - 1}
+        for name, column in self._columns.items():
+            within = (column >= least.get(name, 0)) & (column <= most.get(name, np.inf)) & np.isfinite(column)
+            if not within.all():
+                raise ValueError(f"{name} {column[~within][0]}")
+
+
+def _no_index(where: str, error: Exception) -> BadInput:
+    detail = " ".join(str(error).split())[:_MOST_DETAIL]
+    return BadInput(f"{where}: not an index ({detail}); make it again with `triptych data index`")
+
+
+def _batches(messages: pa.ipc.MessageReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The rows, message by message: a buffer that says it is compressed would be inflated to whatever size it says."""
+    for message in messages:
+        if message.type != "record batch" or _is_compressed(message.metadata.to_pybytes()):
+            raise ValueError(f"a compressed part, or one that holds no rows ({message.type})")
+        yield pa.ipc.read_record_batch(message, schema)
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether a record batch's flatbuffer (Arrow's format/Message.fbs) has its `compression`."""
+    message: int = struct.unpack_from("<I", metadata)[0]
+    header = _field(metadata, message, 2)
+    batch = header + struct.unpack_from("<I", metadata, header)[0]
+    return bool(_field(metadata, batch, 3) != batch)
+
+
+def _field(buffer: bytes, table: int, number: int) -> int:
+    """Offset of a flatbuffer table's field; the table's own where the field is absent."""
+    fields = table - struct.unpack_from("<i", buffer, table)[0]
+    place = 4 + 2 * number
+    there = place < struct.unpack_from("<H", buffer, fields)[0]
+    return int(table + (struct.unpack_from("<H", buffer, fields + place)[0] if there else 0))
 
 
 @dataclass

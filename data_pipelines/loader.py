@@ -286,12 +286,21 @@ def _load(
 class TrainLoader:
     """The rank's batches from `start_step` to `train.max_steps`; make one with `build_loader`.
 
-    Iterating it again starts again at `start_step`. `remote_wait_seconds` is how long the workers waited for remote
-    shards in the batches yielded so far; training waits for the part that the batches kept ready do not cover.
+    Iterating it again starts again at `start_step`. `tokenizer` is the run's. `remote_wait_seconds` is how long the
+    workers waited for remote shards in the batches yielded so far; training waits for the part that the batches kept
+    ready do not cover.
     """
 
-    def __init__(self, config: LoaderConfig, sequence: SampleSequence, steps: _TrainSteps, start_step: int) -> None:
+    def __init__(
+        self,
+        config: LoaderConfig,
+        sequence: SampleSequence,
+        steps: _TrainSteps,
+        tokenizer: PreTrainedTokenizerFast,
+        start_step: int,
+    ) -> None:
         self._config, self._sequence, self._steps, self._start = config, sequence, steps, start_step
+        self.tokenizer = tokenizer
         self._log = Path(config.run.dir) / "quarantine.jsonl"
         self.samples_an_epoch = sequence.samples_an_epoch
         self.remote_wait_seconds = 0.0
@@ -317,14 +326,6 @@ class TrainLoader:
         """The data's part of a checkpoint once `step` steps are trained, for JSON. It is the same on every rank."""
         return self._sequence.state(step)
 
-    def resume(self, old: dict[str, Any], allow_change: bool = False) -> None:
-        """Go on from a checkpoint's data state; call it before iterating.
-
-        Raises `BadInput`, naming the field, when the state is of other data or another order. With `allow_change`
-        weights may be others and sources may be added after the old ones: see `SampleSequence.resume`.
-        """
-        self._sequence.resume(old, allow_change)
-
 
 class EvalLoader:
     """The rank's evaluation batches; make one with `build_eval_loader`."""
@@ -345,13 +346,29 @@ class EvalLoader:
             yield loaded.batch
 
 
-def build_loader(config: LoaderConfig, rank: int, world_size: int, start_step: int = 0) -> TrainLoader:
+def build_loader(
+    config: LoaderConfig,
+    rank: int,
+    world_size: int,
+    start_step: int = 0,
+    state: dict[str, Any] | None = None,
+    allow_change: bool = False,
+) -> TrainLoader:
     """The training batches of one rank; needs no process group and no earlier run.
+
+    Args:
+        config: the run's.
+        rank: 0 to world_size - 1.
+        world_size: ranks that share each global batch.
+        start_step: the first step to yield.
+        state: the data state of the checkpoint that is gone on from; other data are refused before anything is written.
+        allow_change: let the mixture change against `state`, as `SampleSequence.resume` says.
 
     Yields one dict a step with the rank's share, B = global_batch / world_size samples: the arrays of
     `collate.Collator` as tensors, `keys` list[str], `index` int64 [B] (id over all sources), `seed` int64 [B], and the
-    ints `step` and `epoch` (of the global batch's first sample). Raises `BadInput` for data that cannot be opened, for
-    a global batch that the ranks cannot share, and, while iterating, past the limits on bad samples.
+    ints `step` and `epoch` (of the global batch's first sample). Raises `BadInput` for data that cannot be opened or
+    are not those of `state`, for a global batch that the ranks cannot share, and, while iterating, past the limits on
+    bad samples.
     """
     data = config.data
     if not 0 <= rank < world_size:
@@ -374,9 +391,12 @@ def build_loader(config: LoaderConfig, rank: int, world_size: int, start_step: i
     sequence = SampleSequence(
         datasets, weights, config.run.seed, data.global_batch, data.num_streams, data.shuffle_block, data.tail
     )
-    encoder = TextEncoder.of(make_tokenizer(config, datasets))
-    reader = _Reader(datasets, Collator(data, encoder, data.augment))
-    return TrainLoader(config, sequence, _TrainSteps(reader, sequence, data, rank, world_size), start_step)
+    if state is not None:
+        sequence.resume(state, allow_change)
+    # The weights know the tokens of the sources that the run began with.
+    tokenizer = make_tokenizer(config, datasets[: sequence.num_first_sources])
+    reader = _Reader(datasets, Collator(data, TextEncoder.of(tokenizer), data.augment))
+    return TrainLoader(config, sequence, _TrainSteps(reader, sequence, data, rank, world_size), tokenizer, start_step)
 
 
 def build_eval_loader(

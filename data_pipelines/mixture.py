@@ -27,8 +27,9 @@ def block_counts(weights: Sequence[float], block: int) -> IntArray:
     Raises ValueError for weights that are not positive and finite, and for more sources than places.
     """
     shares = np.asarray(weights, dtype=np.float64)
-    if shares.ndim != 1 or not shares.size or not np.isfinite(shares).all() or (shares <= 0).any():
-        raise ValueError("weights must be positive numbers, one a source")
+    # Of finite weights the sum may be infinite, and then no source has a share.
+    if shares.ndim != 1 or not shares.size or not np.isfinite(sum(shares.tolist())) or (shares <= 0).any():
+        raise ValueError("weights must be positive numbers with a sum, one a source")
     if shares.size > block:
         raise ValueError(f"{shares.size} sources do not fit into a block of {block}")
     exact = shares / shares.sum() * block

@@ -30,6 +30,8 @@ _ROUNDS = 6
 # 2**64 over the golden ratio, odd.
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+# Places in a stream times its blocks must stay below this.
+_MOST = (1 << 63) - 1
 
 
 def splitmix64(words: _Words) -> _Words:
@@ -77,8 +79,8 @@ class Order:
         num_streams: most streams; fewer are used where N is small, so that it is a function of the data alone.
         shuffle_block: samples shuffled together within a stream.
 
-    Memory is O(shards + streams), whatever N is. Raises ValueError for sizes that are negative, and for settings that
-    are not positive.
+    Memory is O(shards + streams), whatever N is. Raises ValueError for sizes that are negative, for settings that are
+    not positive, and for blocks so small that 64 bits do not number what is in them.
     """
 
     def __init__(
@@ -113,6 +115,8 @@ class Order:
         ideal = [(stream * _GOLDEN + turned + (word * width >> 64)) & _MASK for stream, word in enumerate(jitter)]
         place_of_stream = np.argsort(np.argsort(np.array(ideal, dtype=np.uint64), kind="stable"), kind="stable")
         short, longer = divmod(self.num_samples, self.num_streams)
+        if (short + 1) * (-(-(short + 1) // shuffle_block) + 1) > _MOST:
+            raise ValueError(f"shuffle_block {shuffle_block} is too small for streams of {short + 1} samples")
         self._lengths: IntArray = short + (np.arange(self.num_streams) < longer).astype(np.int64)
         in_place = np.empty(self.num_streams, dtype=np.int64)
         in_place[place_of_stream] = self._lengths

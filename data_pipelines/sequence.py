@@ -98,7 +98,10 @@ class SampleSequence:
         self.global_batch = global_batch
         # The epochs that a batch may touch: of each source the present one and the next.
         self._order = functools.lru_cache(maxsize=2 * len(sources) + 1)(self._make_order)
-        self.mixture = Mixture(weights)
+        try:
+            self.mixture = Mixture(weights)
+        except ValueError as error:
+            raise BadInput(f"data.train: {error}") from error
         self._history = MixtureHistory(self.mixture)
         if tail == "drop" and len(sources) > 1:
             raise BadInput("data.tail: drop needs a single training dataset; with a mixture epochs end at no batch")
@@ -114,6 +117,11 @@ class SampleSequence:
     def samples_an_epoch(self) -> int:
         """Samples of all sources together, as many of them as an epoch gives."""
         return sum(self._used)
+
+    @property
+    def num_first_sources(self) -> int:
+        """Sources that the run began with, before any were added."""
+        return len(self._history.changes[0][1] if self._history.changes else self.mixture.counts)
 
     def _make_order(self, source: int, epoch: int) -> Order:
         # Equal datasets that are listed twice must not go in step.

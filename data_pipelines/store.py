@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from data_pipelines.errors import BadInput
-from data_pipelines.index import ShardIndex
+from data_pipelines.index import MEMBERS, ShardIndex
 from data_pipelines.shard import ShardReader
 
 if TYPE_CHECKING:
@@ -35,10 +37,20 @@ class ShardStore(Protocol):
         """Whether a reader may stay open; otherwise it is closed after each use."""
 
     def index(self, entry: ShardEntry) -> ShardIndex:
-        """The shard's index. Raises `BadInput` when it cannot be had."""
+        """The shard's index. Raises `BadInput` when it cannot be had or does not fit the shard."""
 
     def open(self, entry: ShardEntry) -> MemberReader:
         """The shard. Raises `BadInput` when it is gone, or has another size than dataset.json says."""
+
+
+def check_index(index: ShardIndex, entry: ShardEntry, location: str) -> None:
+    """Raise `BadInput` unless the index is of the shard in the dataset.json at `location`, and points into it."""
+    where = f"{location}/{entry.index}"
+    if index.sha256 != entry.sha256 or len(index) != entry.num_samples:
+        raise BadInput(f"{where}: the index is of another tar; run `triptych data index` again")
+    for member in MEMBERS:
+        if (np.maximum(index[f"{member}_size"], 0) > entry.bytes - index[f"{member}_offset"]).any():
+            raise BadInput(f"{where}: offsets lie outside the shard; run `triptych data index` again")
 
 
 class LocalStore:
@@ -52,7 +64,9 @@ class LocalStore:
 
     def index(self, entry: ShardEntry) -> ShardIndex:
         """Memory-map the index."""
-        return ShardIndex.load(self.folder / entry.index)
+        index = ShardIndex.load(self.folder / entry.index)
+        check_index(index, entry, self.location)
+        return index
 
     def open(self, entry: ShardEntry) -> ShardReader:
         """Open the tar."""

@@ -168,8 +168,13 @@ def save(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], run_id
     return final
 
 
-def load(engine: Engine, path: Path) -> dict[str, Any]:
-    """Load a verified checkpoint into the engine (all ranks call it) and return the trainer state.
+def read_state(path: Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint."""
+    return dict(json.loads((path / "trainer.json").read_text()))
+
+
+def load(engine: Engine, path: Path) -> None:
+    """Load a verified checkpoint into the engine; all ranks call it.
 
     Raises:
         BadInput: it was written by another world size or ZeRO stage.
@@ -182,7 +187,6 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
             )
     engine.load(path / "deepspeed")
     _restore_generators(load_file(path / _generator_file(engine.rank)), engine.device)
-    return dict(json.loads((path / "trainer.json").read_text()))
 
 
 def _directories(run_dir: Path) -> Iterator[tuple[int, Path]]:

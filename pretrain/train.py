@@ -86,7 +86,6 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
 
     from data_pipelines import open_dataset
     from data_pipelines.loader import build_loader
-    from data_pipelines.tokenizer import make_tokenizer
     from pretrain import checkpoint
     from pretrain.callbacks.evaluation import Evaluation
     from pretrain.callbacks.logs import Console, MetricsFile, TensorBoard
@@ -102,19 +101,16 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
         for bad in passed:
             if engine.is_main:
                 print(f"passed over {bad.path}: {bad.reason}", file=sys.stderr)
-        tokenizer = make_tokenizer(config)
-        engine.prepare(OmniPretrainer.build(config, tokenizer))
-        state: dict[str, Any] = {}
+        old = checkpoint.read_state(start) if start is not None else {}
         if start is not None:
-            old = json.loads((start / "trainer.json").read_text())["config"]
-            difference = different_setting(old, config)
+            difference = different_setting(old["config"], config)
             if difference:
                 raise BadInput(f"{start.name} was made with another config: {difference}; use another run.dir")
-            state = checkpoint.load(engine, start)
-        step = int(state.get("step", 0))
-        loader = build_loader(config, engine.rank, engine.world_size, start_step=step)
-        if state:
-            loader.resume(state["data"], allow_change)
+        step = int(old.get("step", 0))
+        loader = build_loader(config, engine.rank, engine.world_size, step, old.get("data"), allow_change)
+        engine.prepare(OmniPretrainer.build(config, loader.tokenizer))
+        if start is not None:
+            checkpoint.load(engine, start)
         run_id = write_run_files(run_dir, dump_config(config), engine, step) if engine.is_main else ""
         run_id = engine.gather_objects(run_id)[0]
 
@@ -123,7 +119,7 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
             callbacks.append(TensorBoard(run_dir / "tensorboard"))
         if config.data.eval is not None:
             evaluated = [open_dataset(source.path, config.data.remote) for source in config.data.eval_sources]
-            callbacks.append(Evaluation(evaluated, tokenizer))
+            callbacks.append(Evaluation(evaluated, loader.tokenizer))
         trainer = Trainer(
             config,
             engine,

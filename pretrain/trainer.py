@@ -9,6 +9,7 @@ al., 2021). Losses therefore do not depend on world size or accumulation.
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipelines.config import Settings
@@ -251,7 +253,15 @@ FREE_SETTINGS = (
 
 
 def different_setting(old: dict[str, Any], new: Settings) -> str | None:
-    """The first setting, as `key: old -> new`, that differs and may not, or null."""
+    """The first setting, as `key: old -> new`, that differs and may not, or null.
+
+    A setting that an older version did not know counts as its default.
+    """
+    try:
+        old = type(new).model_validate_json(json.dumps(old)).model_dump(mode="json")
+    except ValidationError:
+        # Of a version that had other settings: those that differ will be named as they are.
+        pass
 
     def walk(before: Any, after: Any, path: str) -> str | None:
         if path in FREE_SETTINGS:

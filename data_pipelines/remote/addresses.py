@@ -14,6 +14,8 @@ from data_pipelines.errors import BadInput
 
 ALLOW = "data.remote.allow_private_addresses"
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# All that the Internet's IPv6 addresses are taken from (RFC 4291); Python calls much outside of it global, too.
+_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
 def is_public(address: str) -> bool:
@@ -23,8 +25,9 @@ def is_public(address: str) -> bool:
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
         if found in _NAT64:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        if inner is not None:
-            return inner.is_global and not inner.is_multicast
+        if inner is None and found not in _UNICAST:
+            return False
+        found = inner or found
     return found.is_global and not found.is_multicast
 
 

@@ -112,6 +112,8 @@ class Prefetcher:
 
     def _work(self) -> None:
         while not self._stop.is_set():
+            # What has to go for an index goes by the steps that come, too.
+            reading.begin(self._reached)
             try:
                 wanted = self._next()
                 if wanted is None:

@@ -68,12 +68,13 @@ class FileCache:
 
     Args:
         folder: made when it is absent; on a disk of the node.
-        max_bytes: what all files in it may take together, half-fetched ones with their whole size.
+        max_bytes: what its files may take together, half-fetched ones with their whole size.
+        names: pattern of its files' names; whatever else lies in the folder is neither counted nor touched.
         keep: the end of the names of files that go only when nothing else is left.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, keep: str) -> None:
-        self.folder, self.max_bytes, self._keep = folder, max_bytes, keep
+    def __init__(self, folder: Path, max_bytes: int, names: str, keep: str) -> None:
+        self.folder, self.max_bytes, self._names, self._keep = folder, max_bytes, re.compile(names), keep
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -114,7 +115,9 @@ class FileCache:
             while True:
                 with self._locked():
                     if self._make_room(len(data), name, len(data), next_use, None):
-                        os.pwrite(descriptor, data, 0)
+                        place = 0
+                        while place < len(data):
+                            place += os.pwrite(descriptor, memoryview(data)[place:], place)
                         return
                 _pause()
 
@@ -142,25 +145,26 @@ class FileCache:
     def _fetch(
         self, name: str, num_bytes: int, fetch: Callable[[int], None], next_use: NextUse | None, step: int | None
     ) -> CachedFile | None:
-        part = self._claim(name, num_bytes, next_use, step)
-        if part is None:
-            return None
         try:
-            fetch(part.descriptor)
-            os.fsync(part.descriptor)
-            with self._locked():
-                os.rename(part.path, self._path(name))
-                # Under the lock, for a lock is let go of for a moment when it changes its kind.
-                fcntl.flock(part.descriptor, fcntl.LOCK_SH)
-        except BaseException as error:
-            with self._locked():
-                if os.fstat(part.descriptor).st_size == 0:
-                    part.path.unlink(missing_ok=True)
-                part.close()
-            if isinstance(error, OSError) and error.errno is not None:
-                raise BadInput(f"data.remote.cache_dir: {self.folder}: {error.strerror}") from error
-            raise
-        fsync_folder(self.folder)
+            part = self._claim(name, num_bytes, next_use, step)
+            if part is None:
+                return None
+            try:
+                fetch(part.descriptor)
+                os.fsync(part.descriptor)
+                with self._locked():
+                    os.rename(part.path, self._path(name))
+                    # Under the lock, for a lock is let go of for a moment when it changes its kind.
+                    fcntl.flock(part.descriptor, fcntl.LOCK_SH)
+            except BaseException:
+                with self._locked():
+                    if os.fstat(part.descriptor).st_size == 0:
+                        part.path.unlink(missing_ok=True)
+                    part.close()
+                raise
+            fsync_folder(self.folder)
+        except OSError as error:
+            raise BadInput(f"data.remote.cache_dir: {self.folder}: {error.strerror or error}") from error
         return CachedFile(self._path(name), part.descriptor)
 
     def _claim(self, name: str, num_bytes: int, next_use: NextUse | None, step: int | None) -> CachedFile | None:
@@ -170,19 +174,19 @@ class FileCache:
             if self._path(name).exists():
                 return None
             fresh = not path.exists()
-            if not fresh:
-                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                if not _lock(descriptor, fcntl.LOCK_EX):
-                    os.close(descriptor)
-                    return None
-            if not self._make_room(num_bytes if fresh else 0, name, num_bytes, next_use, step):
-                if not fresh:
-                    CachedFile(path, descriptor).close()
+            if fresh and not self._make_room(num_bytes, name, num_bytes, next_use, step):
                 return None
-            if fresh:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-                _lock(descriptor, fcntl.LOCK_EX)
-            return CachedFile(path, descriptor)
+            part = CachedFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+            try:
+                if _lock(part.descriptor, fcntl.LOCK_EX) and (
+                    fresh or self._make_room(0, name, num_bytes, next_use, step)
+                ):
+                    return part
+            except BaseException:
+                part.close()
+                raise
+            part.close()
+            return None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -249,7 +253,7 @@ class FileCache:
     def _files(self) -> Iterator[_File]:
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                if entry.name == _LOCK or not entry.is_file(follow_symlinks=False):
+                if not entry.is_file(follow_symlinks=False):
                     continue
                 try:
                     state = entry.stat(follow_symlinks=False)
@@ -257,6 +261,8 @@ class FileCache:
                     continue
                 part = _PART.match(entry.name)
                 name, announced = (part[1], int(part[2])) if part else (entry.name, 0)
+                if not self._names.fullmatch(name):
+                    continue
                 num_bytes = max(state.st_size, announced)
                 yield _File(name, Path(entry.path), num_bytes, state.st_mtime, part is not None)
 

@@ -55,7 +55,7 @@ class RemoteFolder(Protocol):
         """
 
     def read(self, path: str, start: int, length: int) -> bytes:
-        """`length` bytes from `start`. Raises `BadInput` and `Broken`."""
+        """`length` bytes, at least one, from `start`. Raises `BadInput` and `Broken`."""
 
 
 def open_folder(url: str, settings: RemoteConfig) -> RemoteFolder:

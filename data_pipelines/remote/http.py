@@ -33,6 +33,9 @@ _PASSING = (408, 425, 429)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
 # What a server may send with a redirect or an error, read only to use the connection again.
 _MOST_NOISE_BYTES = 1 << 16
+_MOST_SHOWN = 200
+# All that a path and a query may hold (RFC 3986), and escapes; the rest is escaped before it is sent.
+_SENT_AS_IT_IS = "/?:@!$&'()*+,;=%"
 
 
 class _Connection(http.client.HTTPConnection):
@@ -83,8 +86,6 @@ class HttpFolder:
     def read(self, path: str, start: int, length: int) -> bytes:
         """See `RemoteFolder.read`. Raises `BadInput` where the server knows no ranges."""
         where = f"{self.location}/{path}"
-        if not length:
-            return b""
         with self._answer(path, f"bytes={start}-{start + length - 1}") as response:
             if response.status != 206:
                 raise BadInput(f"{where}: the server does not serve ranges; use data.remote.mode: cache")
@@ -111,10 +112,7 @@ class HttpFolder:
             _pass_over(response)
             if not response.isclosed():
                 self._drop(parts)
-            target = urlsplit(urljoin(url, response.headers.get("Location", "")))
-            if target.scheme not in ("https", parts.scheme) or not target.hostname:
-                raise BadInput(f"{where}: redirected to {hide_credentials(target.geturl()) or 'nothing'}; refused")
-            url = target.geturl()
+            url = _target(url, response.headers.get("Location", ""), where)
         else:
             raise BadInput(f"{where}: more than {_MAX_REDIRECTS} redirects")
         try:
@@ -132,7 +130,7 @@ class HttpFolder:
         headers = {"Accept-Encoding": "identity", "User-Agent": "triptych", **self._credentials(url)}
         if byte_range is not None:
             headers["Range"] = byte_range
-        target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+        target = quote((url.path or "/") + (f"?{url.query}" if url.query else ""), safe=_SENT_AS_IT_IS)
         while True:
             connection = self._connection(url)
             used, connection.used = connection.used, True
@@ -188,6 +186,18 @@ class HttpFolder:
                 connection.close()
 
 
+def _target(url: str, location: str, where: str) -> str:
+    """Where a redirect leads. Raises `BadInput` for a place that is none, or not https where `url` was."""
+    try:
+        target = urlsplit(urljoin(url, location))
+        if target.scheme in ("https", urlsplit(url).scheme) and target.hostname and target.port != 0:
+            return target.geturl()
+    except ValueError:
+        pass
+    shown = ascii(hide_credentials(location))[1:-1][:_MOST_SHOWN] or "nothing"
+    raise BadInput(f"{where}: redirected to {shown}; refused")
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -215,7 +225,8 @@ def _content_range(response: http.client.HTTPResponse) -> tuple[int, int, int]:
 
 
 def _refusal(response: http.client.HTTPResponse, where: str) -> Exception:
-    said = f"HTTP {response.status} {response.reason}"
+    # Not the server's own words, which may hold anything.
+    said = f"HTTP {response.status} {http.client.responses.get(response.status, '')}".rstrip()
     if response.status >= 500 or response.status in _PASSING:
         # Its connection is not kept: another one may lead to a server that is well.
         wait = response.headers.get("Retry-After", "")

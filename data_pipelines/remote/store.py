@@ -16,15 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import BadInput
-from data_pipelines.index import MEMBERS, ShardIndex
+from data_pipelines.index import ShardIndex
 from data_pipelines.remote.cache import CachedFile, FileCache, NextUse
 from data_pipelines.remote.download import download
 from data_pipelines.remote.folder import Attempts, RemoteFolder, WrongSize, open_folder, read_all
-from data_pipelines.store import MemberReader
+from data_pipelines.store import MemberReader, check_index
 
 if TYPE_CHECKING:
     from data_pipelines.dataset import ShardEntry
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
 _MOST_DATASET_BYTES = 1 << 30
 _MOST_INDEX_BYTES = 1 << 30
 _INDEX_SUFFIX = ".arrow"
+_NAMES = r"[0-9a-f]{64}\.(tar|arrow)"
 
 
 class Reading(threading.local):
@@ -81,7 +80,7 @@ class RemoteStore:
         self.settings = settings
         self.next_use: NextUse | None = None
         self._folder = folder
-        self._cache = FileCache(cache_folder(settings), int(settings.max_cache_gb * 1e9), keep=_INDEX_SUFFIX)
+        self._cache = FileCache(cache_folder(settings), int(settings.max_cache_gb * 1e9), _NAMES, keep=_INDEX_SUFFIX)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "next_use": None}
@@ -92,21 +91,17 @@ class RemoteStore:
         file = self._cache.open(name)
         if file is None:
             with reading.waits():
-                file = self._cache.obtain_small(
-                    name,
-                    lambda: read_all(self._folder, entry.index, _MOST_INDEX_BYTES, self.settings),
-                    self.next_use,
-                )
+                file = self._cache.obtain_small(name, lambda: self._fetch_index(entry), self.next_use)
         with file:
             index = ShardIndex.load(file.path)
-        self._check(index, entry)
+        check_index(index, entry, self.location)
         return index
 
-    def _check(self, index: ShardIndex, entry: ShardEntry) -> None:
-        for member in MEMBERS:
-            offset, size = index[f"{member}_offset"], index[f"{member}_size"]
-            if (offset < 0).any() or (size < -1).any() or (np.maximum(size, 0) > entry.bytes - offset).any():
-                raise BadInput(f"{self.location}/{entry.index}: offsets lie outside the shard; index it again")
+    def _fetch_index(self, entry: ShardEntry) -> bytes:
+        """The index, looked at before it is stored: what is wrong at the server may be put right there."""
+        data = read_all(self._folder, entry.index, _MOST_INDEX_BYTES, self.settings)
+        check_index(ShardIndex.parse(data, f"{self.location}/{entry.index}"), entry, self.location)
+        return data
 
     def open(self, entry: ShardEntry) -> MemberReader:
         """The shard: in the cache, fetched into it first if need be, or as ranges of the remote file."""
@@ -161,6 +156,9 @@ class _RangeReader:
 
     def read(self, offset: int, size: int) -> bytes:
         where = f"{self._folder.location}/{self._path}"
+        if not size:
+            # There is no range of no bytes: a server would send the whole shard.
+            return b""
         with reading.waits():
             try:
                 return Attempts(where, self._settings).run(lambda: self._folder.read(self._path, offset, size))

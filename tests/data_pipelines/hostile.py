@@ -113,6 +113,14 @@ def many_scans(count: int) -> bytes:
     return data[:last] + data[last:-2] * count + data[-2:]
 
 
+def colour_after_colour(count: int) -> bytes:
+    """A JPEG that is not progressive, has each colour in scans of its own, and in most of them nothing."""
+    data = encode_image(pixels(64, 64), "JPEG")
+    start = data.rindex(b"\xff\xda")
+    scans = (b"\xff\xda\0\x08\1" + bytes([1 + n % 3, 0x11 * (n % 3 > 0)]) + b"\0\x3f\0\0" for n in range(count))
+    return data[:start] + b"".join(scans) + data[-2:]
+
+
 def _rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -145,6 +153,8 @@ IMAGES = [
     Hostile("truncated jpeg", "jpg", lambda: _jpeg()[:1500], "decode"),
     Hostile("truncated webp", "webp", lambda: encode_image(pixels(200, 200), "WEBP")[:500], "decode"),
     Hostile("jpeg of 200 scans", "jpg", lambda: many_scans(200), "size"),
+    Hostile("jpeg of 3 scans that is not progressive", "jpg", lambda: colour_after_colour(3), None),
+    Hostile("jpeg of 200 scans that is not progressive", "jpg", lambda: colour_after_colour(200), "size"),
     Hostile("jpeg behind 5,000 comments", "jpg", lambda: _inside(b"\xff\xfe\0\2" * 5000), "format"),
     Hostile("webp over half the limit", "webp", lambda: saved(Image.new("RGB", (900, 900)), "WEBP"), "size"),
     Hostile("cmyk jpeg over half the limit", "jpg", lambda: cmyk(900, 900), "size"),

@@ -67,7 +67,10 @@ def test_segments_that_fit_no_row() -> None:
 
 
 def test_golden_dealing_and_packing() -> None:
-    costs = np.random.Generator(np.random.Philox(0)).integers(1, 500, 256)
-    parts = [*deal(costs, 4), *pack(costs, 512)]
-    digest = hashlib.sha256(b"|".join(part.astype("<i8").tobytes() for part in parts)).hexdigest()
-    assert digest[:16] == "cd7a10765dd308e3"
+    # Not numpy's integers, whose stream may change from version to version.
+    costs = np.arange(256) ** 2 * 7919 % 499 + 1
+    digests = [
+        hashlib.sha256(b"|".join(part.astype("<i8").tobytes() for part in parts)).hexdigest()[:16]
+        for parts in (deal(costs, 4), pack(costs, 512))
+    ]
+    assert digests == ["3c465b6c68bcaf52", "48cc8ca9c9dc94a3"]

@@ -20,6 +20,7 @@ from data_pipelines import Dataset, open_dataset
 from data_pipelines.dataset import index_folder
 from data_pipelines.decode import DecodeError
 from data_pipelines.errors import BadInput
+from data_pipelines.index import ShardIndex
 from data_pipelines.shard import Sample, write_shard
 from tests.data_pipelines.tuples import tuple_sample
 
@@ -110,11 +111,30 @@ def test_wrong_folders(make_dataset: MakeDataset, tmp_path: Path) -> None:
         good.replace('"num_samples": 20', '"num_samples": 21'): "add up",
         good.replace('"shards/', '"../shards/'): "leads out",
         good.replace('"num_samples": 10', '"num_samples": 9').replace(": 20", ": 18"): "fingerprint",
+        good.replace('"num_samples": 10', f'"num_samples": {1 << 70}'): "num_samples: Input should be less than",
+        good.replace('"bytes": ', '"bytes": 1000000000000000000'): "bytes: Input should be less than",
+        good.replace('"shards/', '"shards/\\u0000'): "leads out|does not print",
     }
     for content, message in edits.items():
         (folder / "dataset.json").write_text(content)
         with pytest.raises(BadInput, match=message):
             open_dataset(folder)
+
+
+def test_an_index_is_read_once_however_many_shards_a_batch_draws_on(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More shards than tars may be open: each rank asks for the costs of all of them in every step."""
+    ds = open_dataset(make_dataset(sizes=(1,) * 300, sample=lambda n: Sample(f"k{n}", text="x" * n or "-")))
+    loaded: list[Path] = []
+    load = ShardIndex.load
+    monkeypatch.setattr(ShardIndex, "load", lambda path: loaded.append(path) or load(path))
+    for _ in range(2):
+        assert ds.costs(range(300)).text_bytes.tolist() == [1, *range(1, 300)]
+    assert len(loaded) == len(set(loaded)) == 300
+    files = len(os.listdir("/proc/self/fd"))
+    assert [raw.key for raw in ds.read(range(300))] == [f"k{n}" for n in range(300)]
+    assert len(os.listdir("/proc/self/fd")) - files <= 256
 
 
 def test_a_changed_tar_and_a_stale_index_are_named(make_dataset: MakeDataset) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_pipelines.balance import deal
-from data_pipelines.config import SourceConfig
+from data_pipelines.config import SourceConfig, TextConfig
 from data_pipelines.errors import BadInput
 from data_pipelines.loader import build_loader
 from data_pipelines.sequence import SampleSequence
@@ -132,18 +132,44 @@ def test_a_changed_mixture_reaches_the_loader(make_dataset: MakeDataset) -> None
     """Resumed with other weights: refused by name, or taken over at the end of the block, which is far away here."""
     folders = [make_dataset(name, sizes=(30,), sample=text_sample) for name in ("one", "two")]
 
-    def loader(*weights: float, start: int = 0) -> Any:
+    def loader(*weights: float, start: int = 0, state: Any = None, allow_change: bool = False) -> Any:
         sources = [SourceConfig(path=str(path), weight=weight) for path, weight in zip(folders, weights, strict=True)]
-        return build_loader(config_of(sources, global_batch=BATCH, steps=4), 0, 1, start_step=start)
+        return build_loader(config_of(sources, global_batch=BATCH, steps=4), 0, 1, start, state, allow_change)
 
     before = [batch["index"].tolist() for batch in loader(1, 1)]
     state = loader(1, 1).state(2)
     with pytest.raises(BadInput, match=r"mixture was \[2048, 2048\] and is \[1024, 3072\] now; .* --allow-change"):
-        loader(1, 3, start=2).resume(state)
-    changed = loader(1, 3, start=2)
-    changed.resume(state, allow_change=True)
+        loader(1, 3, start=2, state=state)
+    changed = loader(1, 3, start=2, state=state, allow_change=True)
     assert [batch["index"].tolist() for batch in changed] == before[2:]
     assert changed.state(3)["changes"] == [[4096, [2048, 2048]]]
+
+
+def test_other_data_leave_the_tokens_of_a_run_alone(make_dataset: MakeDataset) -> None:
+    """Weights know tokens by number: neither a source that is added nor a refused resume may train them anew."""
+    folders = [
+        make_dataset(name, sizes=(30,), sample=lambda n, word=word: Sample(f"t{n:04d}", text=word * (n % 5 + 1)))
+        for name, word in (("one", "aardvark "), ("two", "zeppelin "))
+    ]
+
+    def loader(*paths: Path, run: str = "run", **options: Any) -> Any:
+        sources = [SourceConfig(path=str(path)) for path in paths]
+        config = config_of(sources, global_batch=BATCH, steps=4, text=TextConfig(vocab_size=280), run=run)
+        return build_loader(config, 0, 1, **options)
+
+    first = loader(folders[0])
+    state, tokens = first.state(2), first.tokenizer("aardvark zeppelin").input_ids
+    assert loader(*folders, run="fresh").tokenizer("aardvark zeppelin").input_ids != tokens
+    file = folders[0].parent / "run" / "tokenizer" / "tokenizer.json"
+    content = file.read_bytes()
+    with pytest.raises(BadInput, match="fingerprint was"):
+        loader(folders[1], start_step=2, state=state)
+    assert file.read_bytes() == content
+    for run in ("run", "another"):
+        added = loader(*folders, run=run, start_step=2, state=state, allow_change=True)
+        again = loader(*folders, run=run, start_step=3, state=added.state(3))
+        assert [one.tokenizer("aardvark zeppelin").input_ids for one in (added, again)] == [tokens, tokens]
+    assert file.read_bytes() == content
 
 
 def test_epochs_and_temperature_reach_the_mixture(make_dataset: MakeDataset) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from data_pipelines.errors import BadInput
 from data_pipelines.headers import image_size
-from data_pipelines.index import ShardIndex, index_shard
+from data_pipelines.index import COLUMN_TYPES, ShardIndex, index_shard
 from data_pipelines.shard import write_shard
 from data_pipelines.tar import BLOCK
 from tests.data_pipelines.tuples import encode_image, tuple_sample
@@ -70,6 +70,58 @@ def test_save_and_load(tar: Path, tmp_path: Path) -> None:
         (tmp_path / "bad.arrow").write_bytes(content)
         with pytest.raises(BadInput, match="bad.arrow"):
             ShardIndex.load(tmp_path / "bad.arrow")
+        with pytest.raises(BadInput, match=r"^https://host/x\.arrow: not an index"):
+            ShardIndex.parse(content, "https://host/x.arrow")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("image_extension", 4),
+        ("audio_extension", -1),
+        ("text_offset", -1),
+        ("image_size", -2),
+        ("audio_seconds", float("nan")),
+        ("audio_seconds", -1.0),
+        ("width", -5),
+    ],
+)
+def test_values_that_no_tar_gives_are_refused(tar: Path, tmp_path: Path, column: str, value: float) -> None:
+    index_shard(tar).save(tmp_path / "x.arrow", 123, "ab")
+    with pa.ipc.open_file(tmp_path / "x.arrow") as file:
+        table = file.read_all()
+    place = table.schema.get_field_index(column)
+    values = [*table.column(place).to_pylist()[1:], value]
+    changed = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+    ShardIndex(changed).save(tmp_path / "x.arrow", 123, "ab")
+    with pytest.raises(BadInput, match=rf"x\.arrow: not an index \({column} {value}\)"):
+        ShardIndex.load(tmp_path / "x.arrow")
+
+
+def test_an_index_that_lies_about_its_bytes_is_refused(tar: Path, tmp_path: Path) -> None:
+    index_shard(tar).save(tmp_path / "x.arrow", 123, "ab")
+    raw = (tmp_path / "x.arrow").read_bytes()
+    with pa.ipc.open_file(tmp_path / "x.arrow") as file:
+        table = file.read_all()
+    small = [pa.array(np.zeros(1 << 20, kind)) for kind in COLUMN_TYPES.values()]
+    many = pa.Table.from_arrays([pa.array([""] * (1 << 20)), *small], schema=table.schema)
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(tmp_path / "bomb.arrow", table.schema, options=options) as writer:
+        writer.write_table(many)
+    lies = {
+        "bomb": ((tmp_path / "bomb.arrow").read_bytes(), "a compressed part"),
+        "key": (raw.replace(b"sample-00003", b"sample-\xff\xff003"), "UTF8"),
+        "hash": (raw.replace(b"\2\0\0\0ab", b"\2\0\0\0\xff\xff"), "utf-8"),
+        "count": (raw.replace(b"\3\0\0\x00123", b"\3\0\0\x00x23"), "invalid literal"),
+    }
+    assert len(lies["bomb"][0]) < 100_000
+    for name, (content, message) in lies.items():
+        assert content != raw, name
+        (tmp_path / f"{name}.arrow").write_bytes(content)
+        before = pa.total_allocated_bytes()
+        with pytest.raises(BadInput, match=rf"{name}\.arrow: not an index \(.*{message}"):
+            ShardIndex.load(tmp_path / f"{name}.arrow")
+        assert pa.total_allocated_bytes() - before < 1 << 20
 
 
 @pytest.mark.parametrize(

@@ -269,9 +269,9 @@ def test_bad_input_is_one_line_even_from_a_worker(folder: Path) -> None:
 def test_state_goes_through_a_checkpoint(folder: Path) -> None:
     state = json.loads(json.dumps(build_loader(config_of(folder), 0, 2).state(4)))
     assert state["samples"] == 48 and state == build_loader(config_of(folder), 1, 2).state(4)
-    build_loader(config_of(folder), 0, 3).resume(state)
+    build_loader(config_of(folder), 0, 3, 4, state)
     with pytest.raises(BadInput, match="global_batch was 12 and is 24"):
-        build_loader(config_of(folder, global_batch=24), 0, 1).resume(state)
+        build_loader(config_of(folder, global_batch=24), 0, 1, 2, state)
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 8), (2, 5), (3, 20)])

@@ -65,7 +65,7 @@ def test_golden_mixture() -> None:
     assert digest[:16] == "6429a780681f6063"
 
 
-@pytest.mark.parametrize("weights", [[], [0.0], [-1.0, 1.0], [float("nan")], [float("inf"), 1.0]])
+@pytest.mark.parametrize("weights", [[], [0.0], [-1.0, 1.0], [float("nan")], [float("inf"), 1.0], [1e308, 1e308]])
 def test_weights_that_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError):
         Mixture(weights)

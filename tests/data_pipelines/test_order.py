@@ -215,6 +215,11 @@ def test_what_is_refused() -> None:
     for bad in ({"shard_sizes": [-1]}, {"num_streams": 0}, {"shuffle_block": 0}, {"epoch": -1}):
         with pytest.raises(ValueError):
             Order(**{"shard_sizes": [10], "seed": 0, "epoch": 0} | bad)  # type: ignore[arg-type]
+    # Nearly the most that fits, and more: numbers beyond 64 bits would come back as wrong samples.
+    largest = Order([3_000_000_000], 0, 0, num_streams=1, shuffle_block=1)
+    assert largest.at([0, 5, (3_000_000_000) - 1]).tolist() == [0, 5, (3_000_000_000) - 1]
+    with pytest.raises(ValueError, match="shuffle_block 1 is too small for streams of"):
+        Order([4_000_000_000], 0, 0, num_streams=1, shuffle_block=1)
     order = Order([10], 0, 0)
     for step in (-1, 3):
         with pytest.raises(IndexError):

@@ -69,6 +69,12 @@ def test_drop_begins_every_epoch_with_a_batch() -> None:
         sequence([100], [100], tail="drop")
 
 
+def test_weights_that_make_no_mixture_are_named() -> None:
+    for weights in ([1.0, float("inf")], [1e308, 1e308], [1e-320, 0.0]):
+        with pytest.raises(BadInput, match=r"^data\.train: weights must be positive"):
+            sequence([10], [10], weights=weights)
+
+
 def test_each_source_has_its_own_epochs_and_ids() -> None:
     made = sequence([40], [400], weights=[1, 3])
     picked = [made.batch(step) for step in range(100)]

@@ -48,6 +48,9 @@ http {{
         location /moved/ {{ rewrite ^/moved/(.*)$ /$1 redirect; }}
         location /neighbour/ {{ rewrite ^/neighbour/(.*)$ http://127.0.0.2:{port}/$1 redirect; }}
         location /elsewhere/ {{ return 302 ftp://127.0.0.1/file; }}
+        location /port/ {{ return 302 http://127.0.0.1:99999/file; }}
+        location /bracket/ {{ return 302 http://[::1/file; }}
+        location /escape/ {{ return 302 "ftp://\x1b[2J@host/"; }}
         location /round/ {{ rewrite ^ /round/again redirect; }}
         location /noranges/ {{ alias {root}/; max_ranges 0; }}
         location /private/ {{ alias {root}/; auth_basic "shards"; auth_basic_user_file {folder}/passwords; }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import multiprocessing
@@ -18,6 +19,7 @@ from data_pipelines.errors import BadInput
 from data_pipelines.remote.cache import FileCache
 
 pytestmark = pytest.mark.timeout(120)
+NAMES = r"[a-i](\.arrow)?"
 
 
 def content(name: str, size: int = 1000) -> bytes:
@@ -70,7 +72,7 @@ def watched(folder: Path) -> Iterator[Callable[[], int]]:
 @pytest.fixture
 def cache(tmp_path: Path) -> FileCache:
     """Room for three files of 1,000 bytes."""
-    return FileCache(tmp_path / "cache", 3500, keep=".arrow")
+    return FileCache(tmp_path / "cache", 3500, NAMES, keep=".arrow")
 
 
 def test_without_a_known_order_the_least_recently_used_goes(cache: FileCache) -> None:
@@ -146,14 +148,55 @@ def test_a_failure_leaves_its_part_to_be_gone_on_with_and_counted(cache: FileCac
     assert names(cache.folder) == {"a"}
 
 
+@pytest.mark.timeout(30)
+def test_a_refused_prefetch_does_not_keep_a_part_to_itself(cache: FileCache) -> None:
+    """A part of an earlier run with a larger cap: it is said so, and no reader waits for ever."""
+    (cache.folder / ".part-a-9000").write_bytes(bytes(10))
+    for _ in range(2):
+        with pytest.raises(BadInput, match="has no room for a file of 9e-06 GB"):
+            cache.prefetch("a", 9000, fetcher("a"), dict, 1)
+    with pytest.raises(BadInput, match="has no room for a file of 9e-06 GB"):
+        get(cache, "a", size=9000)
+
+
+def test_files_of_others_are_neither_counted_nor_removed(cache: FileCache) -> None:
+    """A folder that is given as the cache may be somebody's home."""
+    others = {"thesis.tex", "a.tar", ".part-thesis.tex-10"}
+    for name in others:
+        (cache.folder / name).write_bytes(bytes(3000))
+    for name in "abcd":
+        get(cache, name)
+    assert names(cache.folder) == {"b", "c", "d"} | others
+
+
+def test_a_disk_that_is_full_or_a_folder_that_is_not_ours_is_said_in_one_line(
+    cache: FileCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        os.pwrite(descriptor, content("a")[:500], 0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(BadInput, match=r"^data\.remote\.cache_dir: .*: No space left on device$"):
+        cache.obtain("a", 1000, full)
+    get(cache, "a")
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, place: write(descriptor, bytes(data)[:100], place))
+    with cache.obtain_small("i.arrow", lambda: content("i.arrow", 600)) as file:
+        assert os.pread(file.descriptor, 1000, 0) == content("i.arrow", 600), "a nearly full disk takes a part"
+    (cache.folder / ".lock").unlink()
+    (cache.folder / ".lock").mkdir()
+    with pytest.raises(BadInput, match=r"^data\.remote\.cache_dir: .*: Is a directory$"):
+        get(cache, "b")
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match=r"data\.remote\.cache_dir: .*Not a directory"):
-        FileCache(tmp_path / "file" / "cache", 1000, keep="")
+        FileCache(tmp_path / "file" / "cache", 1000, NAMES, keep="")
 
 
 def _churn(folder: Path, seed: int, log: Path) -> None:
-    cache = FileCache(folder, 3500, keep=".arrow")
+    cache = FileCache(folder, 3500, NAMES, keep=".arrow")
     for turn in range(40):
         name = "abcdefgh"[(turn * (2 * seed + 1) + seed) % 8]
 

@@ -18,6 +18,7 @@ from data_pipelines.config import RemoteConfig
 from data_pipelines.errors import BadInput
 from data_pipelines.remote import addresses
 from data_pipelines.remote.folder import open_folder
+from data_pipelines.shard import Sample
 from launch.cli import app
 from tests.data_pipelines.remote.servers import CuttingProxy, Nginx, free_port
 
@@ -148,6 +149,21 @@ def test_an_index_with_offsets_outside_its_shard_is_refused(
         _ = open_dataset(nginx.url(), remote(mode="range"))[2]
 
 
+def test_a_bad_index_is_named_by_its_url_and_fetched_again_once_it_is_mended(
+    nginx: Nginx, make_dataset: MakeDataset, remote: Remote, cache: Path
+) -> None:
+    folder = make_dataset(sizes=(3, 3))
+    one, other = (folder / shard.index for shard in open_dataset(folder).shards)
+    good = one.read_bytes()
+    for content, words in ((good[:200], "not an index"), (other.read_bytes(), "index is of another tar")):
+        one.write_bytes(content)
+        with pytest.raises(BadInput, match=rf"^http://.*/index/dataset-000000\.arrow: .*{words}"):
+            _ = open_dataset(nginx.url(), remote())[0]
+        assert not names(cache, ".arrow")
+    one.write_bytes(good)
+    assert open_dataset(nginx.url(), remote())[0].key == "sample-00000"
+
+
 def test_what_is_not_there_is_said_at_once(nginx: Nginx, make_dataset: MakeDataset, remote: Remote) -> None:
     with pytest.raises(BadInput, match=r"absent/dataset\.json: HTTP 404 Not Found; is the URL"):
         open_dataset(nginx.url("absent"), remote())
@@ -177,6 +193,26 @@ def test_private_addresses_and_redirects_to_them_are_refused(
     assert open_dataset(nginx.url("moved/dataset"), remote(allow_private_addresses=False))[1] == local[1]
     with pytest.raises(BadInput, match=r"^127\.0\.0\.2 is a private"):
         open_dataset(nginx.url("neighbour/dataset"), remote(allow_private_addresses=False))
+
+
+def test_places_that_are_none_and_names_beyond_ascii(
+    nginx: Nginx, make_dataset: MakeDataset, remote: Remote, tmp_path: Path
+) -> None:
+    local = open_dataset(make_dataset("données", sizes=(3,)))
+    assert open_dataset(nginx.url("données"), remote())[1] == local[1]
+    assert open_dataset(nginx.url("moved/données"), remote(mode="range"))[2] == local[2]
+    for path in ("port", "bracket", "escape"):
+        with pytest.raises(BadInput, match=rf"{path}/dataset\.json: redirected to .*; refused$") as caught:
+            open_dataset(nginx.url(path), remote(retries=0))
+        assert str(caught.value).isprintable()
+
+
+def test_an_empty_member_alone_is_no_range(
+    nginx: Nginx, make_dataset: MakeDataset, remote: Remote, tmp_path: Path
+) -> None:
+    local = open_dataset(make_dataset(sizes=(2,), sample=lambda number: Sample(f"k{number}", image=b"")))
+    found = open_dataset(nginx.url(), remote(mode="range"))
+    assert found[1] == local[1] and found[1].image == b"" and not nginx.requests(".tar")
 
 
 def test_credentials_come_from_netrc_and_stay_there(

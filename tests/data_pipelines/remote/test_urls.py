@@ -76,6 +76,12 @@ def test_credentials_in_any_text_are_hidden() -> None:
         ("::ffff:8.8.8.8", True),
         ("64:ff9b::a9fe:a9fe", False),
         ("2002:7f00:1::", False),
+        ("64:ff9b::808:808", True),
+        ("64:ff9b:1::7f00:1", False),
+        ("::127.0.0.1", False),
+        ("::ffff:0:7f00:1", False),
+        ("fec0::1", False),
+        ("ff0e::1", False),
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:
