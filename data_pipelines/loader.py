@@ -9,20 +9,14 @@ rank takes is dealt by costs that the index knows.
 from __future__ import annotations
 
 import atexit
-import ctypes
-import functools
-import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader
 
 from data_pipelines.balance import deal
 from data_pipelines.collate import Collated, Collator
@@ -32,20 +26,19 @@ from data_pipelines.dataset import Dataset, RawSample, open_dataset
 from data_pipelines.errors import BadInput
 from data_pipelines.index import Quarantined
 from data_pipelines.mixture import source_weights
-from data_pipelines.prefetch import ordered_threads
 from data_pipelines.quarantine import BadSampleLimit, QuarantineLog
-from data_pipelines.remote.ahead import fetch_ahead
+from data_pipelines.remote.ahead import fetch_ahead, is_fetching
 from data_pipelines.remote.store import reading
 from data_pipelines.sequence import Picked, SampleSequence, sample_seeds
+from data_pipelines.shared_block import SharedBlock, pack
 from data_pipelines.tokenizer import TextEncoder, make_tokenizer
+from data_pipelines.workers import forked_processes, ordered_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IntArray = npt.NDArray[np.int64]
 Batch = dict[str, Any]
-
-_PR_SET_PDEATHSIG = 1
 
 
 class _RunConfig(Protocol):
@@ -204,34 +197,13 @@ class _EvalSteps:
         return _Loaded(batch, bad, waited_seconds=reading.waited_seconds)
 
 
-def _obey_parent_alone(parent: int) -> None:
-    while True:
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
-            os._exit(0)
+def _packed(loaded: _Loaded) -> tuple[_Loaded, SharedBlock]:
+    return replace(loaded, batch={}), pack(loaded.batch)
 
 
-def _start_worker(parent: int, by_main_thread: bool, _worker: int) -> None:
-    # A scheduler signals every process of a job. The rank decides what a signal means; a worker that died of it would
-    # take the rank down before its checkpoint is saved. The rank's own SIGTERM must still end the worker: Python sends
-    # it at exit and then waits.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey_parent_alone, args=(parent,), name="signals", daemon=True).start()
-    torch.set_num_threads(1)
-    # The kernel sends this when the thread that forked ends, so it is for workers of the main thread alone.
-    if by_main_thread and hasattr(signal, "SIGKILL") and os.name == "posix":
-        try:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        except (OSError, AttributeError):
-            # Not Linux: torch's own watch over the parent ends the worker, within seconds.
-            return
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _as_it_is(loaded: Any) -> Any:
-    return loaded
+def _unpacked(handed: tuple[_Loaded, SharedBlock]) -> _Loaded:
+    loaded, block = handed
+    return replace(loaded, batch=block.unpack())
 
 
 def _stream(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig) -> Iterator[_Loaded]:
@@ -255,32 +227,16 @@ def _load(
     steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig, forked: Callable[[], None]
 ) -> Generator[_Loaded, None, None]:
     """The steps, loaded. `forked` is called as soon as there are the workers that there will be."""
-    if not config.num_workers or config.worker_type == "thread":
+    count, forks = config.num_workers, config.worker_type == "process"
+    # A fork beside threads that fetch could inherit a lock of the resolver or of OpenSSL that nobody will let go of.
+    if not count or not forks or (is_fetching() and not all(dataset.is_local for dataset in steps.datasets)):
         forked()
-    if not config.num_workers:
-        yield from (steps[number] for number in numbers)
-        return
-    if config.worker_type == "thread":
-        yield from ordered_threads(steps.__getitem__, numbers, config.num_workers, config.num_workers * config.prefetch)
-        return
-    # Without it, tokenizers prints a warning for every fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    by_main_thread = threading.current_thread() is threading.main_thread()
-    loader: DataLoader[_Loaded] = DataLoader(
-        steps,  # type: ignore[arg-type]
-        sampler=numbers,
-        batch_size=None,
-        num_workers=config.num_workers,
-        prefetch_factor=config.prefetch,
-        collate_fn=_as_it_is,
-        worker_init_fn=functools.partial(_start_worker, os.getpid(), by_main_thread),
-        # A fork starts in milliseconds where a fresh interpreter imports torch for seconds. It is safe here: a worker
-        # touches no device and no lock of the parent's threads, and runs no parallel region of OpenMP.
-        multiprocessing_context="fork",
-    )
-    loading = iter(loader)
-    forked()
-    yield from loading
+        if count:
+            yield from ordered_threads(steps.__getitem__, numbers, count, count * config.prefetch)
+        else:
+            yield from (steps[number] for number in numbers)
+    else:
+        yield from map(_unpacked, forked_processes(steps, numbers, count, config.prefetch, _packed, forked))
 
 
 class TrainLoader:

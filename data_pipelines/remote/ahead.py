@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Shards = Callable[[int], Sequence[tuple[int, int]]]
 
 _POLL_SECONDS = 0.1
+_THREADS = "triptych-prefetch"
 
 
 class Upcoming:
@@ -73,6 +74,11 @@ def fetch_ahead(
     return Prefetcher(datasets, mine, numbers, upcoming, settings)
 
 
+def is_fetching() -> bool:
+    """Whether threads of this process are fetching, those of closed prefetchers that are about to end included."""
+    return any(thread.name == _THREADS for thread in threading.enumerate())
+
+
 def _is_cached(dataset: Dataset) -> bool:
     return isinstance(dataset.store, RemoteStore) and dataset.store.settings.mode == "cache"
 
@@ -93,7 +99,7 @@ class Prefetcher:
         self._planning = threading.Lock()
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._work, name="prefetch", daemon=True)
+            threading.Thread(target=self._work, name=_THREADS, daemon=True)
             for _ in range(settings.downloads if any(_is_cached(dataset) for dataset in datasets) else 0)
         ]
 

@@ -22,10 +22,10 @@ from data_pipelines.config import AudioConfig, AugmentConfig, DataConfig, ImageC
 from data_pipelines.errors import BadInput
 from data_pipelines.loader import build_eval_loader, build_loader
 from data_pipelines.order import Order
-from data_pipelines.prefetch import ordered_threads
 from data_pipelines.quarantine import BadSampleLimit
 from data_pipelines.shard import Sample
 from data_pipelines.tokenizer import make_tokenizer
+from data_pipelines.workers import ordered_threads
 from pretrain.config import Config, EvalConfig, RunConfig, TrainConfig
 from tests.data_pipelines.tuples import encode_image, encode_sound, tuple_sample
 

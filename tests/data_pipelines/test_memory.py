@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.build import build_dataset
+from data_pipelines.config import DataConfig
 from data_pipelines.decode import MAX_AUDIO_BYTES, MAX_IMAGE_BYTES
 from tests.data_pipelines import hostile
 from tests.data_pipelines.hostile import MEMBERS, blank_png, corpus_tar
@@ -115,10 +116,13 @@ def ten_epochs(folder: Path, run: Path, workers: int = 0, kind: str = "process")
     return [(resident, files) for resident, files in json.loads(done.stdout)]
 
 
-def assert_flat(epochs: list[tuple[int, int]], data_bytes: int) -> None:
-    """From the second epoch to the tenth: no file more, and not a third of what those epochs read."""
+def assert_flat(epochs: list[tuple[int, int]], data_bytes: int, waiting: int = 0) -> None:
+    """From the second epoch to the tenth: no file more, and not a third of what those epochs read.
+
+    Up to `waiting` batches may have come out of turn from worker processes, each in a block of its own.
+    """
     resident, files = zip(*epochs[1:], strict=True)
-    assert len(epochs) == 10 and max(files) == files[0], files
+    assert len(epochs) == 10 and max(files) <= min(files) + waiting, files
     growth = max(resident) - resident[0]
     assert growth < max(8 << 20, min(32 << 20, 9 * data_bytes // 3)), [n >> 10 for n in resident]
 
@@ -137,4 +141,5 @@ def test_ten_epochs_over_spoken_digits_are_flat(shared_data: Path, tmp_path: Pat
     folder = build_dataset(manifest, tmp_path / "digits", split="train", progress=False)
     epochs = ten_epochs(folder, tmp_path / "run", workers, kind)
     print([(resident >> 10, files) for resident, files in epochs])
-    assert_flat(epochs, sum(f.stat().st_size for f in (folder / "shards").iterdir()))
+    prefetched = DataConfig(train=str(folder)).prefetch * workers if kind == "process" else 0
+    assert_flat(epochs, sum(f.stat().st_size for f in (folder / "shards").iterdir()), prefetched)

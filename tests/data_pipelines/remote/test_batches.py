@@ -15,6 +15,7 @@ from data_pipelines import open_dataset
 from data_pipelines.config import AudioConfig, DataConfig, ImageConfig, RemoteConfig, SourceConfig
 from data_pipelines.errors import BadInput
 from data_pipelines.loader import build_eval_loader, build_loader
+from data_pipelines.remote.ahead import is_fetching
 from data_pipelines.tokenizer import make_tokenizer
 from pretrain.config import Config, RunConfig, TrainConfig
 from tests.data_pipelines.remote.servers import CuttingProxy, Nginx, running_gcs, running_s3
@@ -131,6 +132,25 @@ def test_evaluation_reads_ahead_in_dataset_order(
         return [batch["keys"] for batch in build_eval_loader(of, dataset, tokenizer, 0, 1, 10)]
 
     assert batches(open_dataset(nginx.url(), config.data.remote), config) == batches(open_dataset(folder), local)
+
+
+def test_evaluation_while_training_fetches_forks_no_process(
+    nginx: Nginx, make_dataset: MakeDataset, remote: Remote, tmp_path: Path
+) -> None:
+    """A fork beside threads that fetch may inherit a lock that nobody lets go of."""
+    make_dataset(sizes=SIZES)
+    nginx.turn("slow")
+    config = config_of(nginx.url(), tmp_path / "run", remote(), num_workers=2)
+    training = iter(build_loader(config, 0, 1))
+    next(training)
+    assert is_fetching()
+    workers = set(multiprocessing.active_children())
+    dataset, tokenizer = open_dataset(nginx.url(), config.data.remote), make_tokenizer(config)
+    evaluation = iter(build_eval_loader(config, dataset, tokenizer, 0, 1, 10))
+    next(evaluation)
+    assert len(workers) == 2 and set(multiprocessing.active_children()) == workers
+    evaluation.close()
+    training.close()
 
 
 def test_a_cap_below_one_shard_and_a_lost_shard_end_the_run_in_one_line(
