@@ -8,11 +8,12 @@ One run, the same tuples, the same decoding and stacking for all:
 each without workers, with 2 processes, and ours with 2 threads too; and each without any decoding, which shows what
 reading alone costs. What is not installed is named.
 
-    python benchmarks/loader.py [--samples 1024] [--rounds 5]
+    python benchmarks/loader.py [--samples 512] [--rounds 7]
 
-Each round runs all cases, in turning order. The figures are medians over rounds of samples per CPU-second (children
-included) and per second, with the ratios to the limit of the same round with as many workers; printed as JSON, kept in
-benchmarks/results/, and plotted where matplotlib is installed.
+Each round runs all cases, in turning order, each between two runs of the limit with as many workers: a machine's speed
+drifts within seconds. The figures are medians over rounds of samples per CPU-second (children included) and per second,
+with the ratios to the two limits beside; printed as JSON, kept in benchmarks/results/, and plotted where matplotlib is
+installed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -179,9 +181,38 @@ def cases(folder: Path, dataset: Dataset) -> tuple[dict[str, Callable[[], Iterab
     return found, absent
 
 
-def limit_of(kind: str) -> str:
-    """The case that `kind` is a share of."""
-    return "decode, 2 processes" if kind.endswith(("2 processes", "2 threads")) else "decode, no workers"
+@dataclass
+class Measured:
+    """Of one case, by round: samples per CPU-second and per second, and these as shares of the limits beside."""
+
+    rates: list[tuple[float, float]] = field(default_factory=list)
+    shares: list[tuple[float, float]] = field(default_factory=list)
+
+
+def measure(runs: dict[str, Callable[[], Iterable[Any]]], rounds: int) -> dict[str, Measured]:
+    """Run each case `rounds` times, between runs of its limit, after a round that warms caches and is left out."""
+    ways = {
+        "decode, no workers": [kind for kind in runs if kind.endswith(", no workers")],
+        "decode, 2 processes": [kind for kind in runs if kind.endswith((", 2 processes", ", 2 threads"))],
+        None: [kind for kind in runs if kind.endswith(", reading alone")],
+    }
+    measured: dict[str, Measured] = {kind: Measured() for kind in runs}
+    for number in range(-1, rounds):
+        for limit, kinds in ways.items():
+            kinds = [kind for kind in kinds if kind != limit]
+            before = rates(runs[limit]()) if limit else (1.0, 1.0)
+            for turn in range(len(kinds)):
+                kind = kinds[(number + turn) % len(kinds)]
+                found = rates(runs[kind]())
+                after = rates(runs[limit]()) if limit else before
+                if number >= 0:
+                    measured[kind].rates.append(found)
+                    of = [rate / statistics.mean(beside) for rate, *beside in zip(found, before, after, strict=True)]
+                    measured[kind].shares.append((of[0], of[1]))
+                    if limit:
+                        measured[limit].rates.append(after)
+                before = after
+    return measured
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -193,10 +224,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         return
     shares: dict[str, float] = result["ratio_to_decode_per_cpu_second"]
     rates: dict[str, float] = result["samples_per_cpu_second"]
-    decoding = {name: share for name, share in shares.items() if not name.startswith("decode")}
     reading = {name.split(",")[0]: rate for name, rate in rates.items() if name.endswith("reading alone")}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.32 * len(decoding) + 1.2), width_ratios=(3, 2))
-    for axes, values in ((left, decoding), (right, reading)):
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.32 * len(shares) + 1.2), width_ratios=(3, 2))
+    for axes, values in ((left, shares), (right, reading)):
         names = sorted(values, key=lambda name: (name.split(", ")[1:], values[name]))
         colours = ["tab:blue" if name.startswith("triptych") else "tab:gray" for name in names]
         axes.bar_label(axes.barh(names, [values[name] for name in names], color=colours), fmt="{:,.3g}", padding=3)
@@ -212,43 +242,31 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="cases whose name holds this, besides the limits")
     options = parser.parse_args()
-    measured: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         dataset = build(Path(name) / "data", options.samples)
         runs, absent = cases(Path(name), dataset)
-        kinds = [kind for kind in runs if options.only in kind or kind.startswith("decode")]
-        for number in range(-1, options.rounds):
-            for turn in range(len(kinds)):
-                kind = kinds[(number + turn) % len(kinds)]
-                found = rates(runs[kind]())
-                # The round before the first warms caches and is left out.
-                if number >= 0:
-                    measured.setdefault(kind, []).append(found)
+        wanted = {kind: run for kind, run in runs.items() if options.only in kind or kind.startswith("decode")}
+        measured = measure(wanted, options.rounds)
 
     def rates_of(unit: int) -> dict[str, float]:
-        return {kind: round(statistics.median(one[unit] for one in measured[kind]), 1) for kind in kinds}
+        return {kind: round(statistics.median(one[unit] for one in of.rates), 1) for kind, of in measured.items()}
 
-    def ratios(unit: int) -> dict[str, float]:
+    def shares_of(unit: int) -> dict[str, float]:
         return {
-            kind: round(
-                statistics.median(
-                    one[unit] / limit[unit] for one, limit in zip(measured[kind], measured[limit_of(kind)], strict=True)
-                ),
-                3,
-            )
-            for kind in kinds
-            if not kind.endswith("reading alone")
+            kind: round(statistics.median(one[unit] for one in of.shares), 3)
+            for kind, of in measured.items()
+            if not kind.startswith("decode") and not kind.endswith("reading alone")
         }
 
     result = {
         "samples_per_cpu_second": rates_of(0),
         "samples_per_second": rates_of(1),
-        "ratio_to_decode_per_cpu_second": ratios(0),
-        "ratio_to_decode_per_second": ratios(1),
+        "ratio_to_decode_per_cpu_second": shares_of(0),
+        "ratio_to_decode_per_second": shares_of(1),
         "not_measured": absent,
         "rounds": options.rounds,
         "samples": options.samples,

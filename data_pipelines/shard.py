@@ -13,6 +13,7 @@ import json
 import os
 import re
 import stat
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import BufferedRandom, BufferedReader
@@ -152,12 +153,13 @@ class ShardReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = -1
         try:
             # A pipe without a writer would block the open for ever.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise BadInput(f"{path}: cannot be opened ({error.strerror})") from error
+        # Not __del__, which at the end of the interpreter may come after `os` is gone.
+        self._close = weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise BadInput(f"{path}: not a regular file")
@@ -179,12 +181,8 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the tar; more than once does nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __del__(self) -> None:
-        self.close()
+        self._descriptor = -1
+        self._close()
 
 
 def expand_shards(pattern: str, limit: int = 1_000_000) -> list[str]:
