@@ -42,7 +42,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import soundfile
-import torch
 from PIL import Image
 
 from benchmarks.peers import PACKAGES, PEERS
@@ -142,7 +141,7 @@ def cases(folder: Path, dataset: Dataset) -> tuple[dict[str, Callable[[], Iterab
 
     def collate(samples: list[RawSample]) -> dict[str, Any]:
         made = collator(samples, [0] * len(samples), [""] * len(samples))
-        return {"keys": made.keys, **{name: torch.from_numpy(array) for name, array in made.arrays.items()}}
+        return {"keys": made.keys, **made.block.tensors()}
 
     def count(samples: list[RawSample]) -> dict[str, Any]:
         return {"keys": [sample.key for sample in samples]}

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from data_pipelines import augment
+from data_pipelines.block import Block, allocate
 from data_pipelines.config import AugmentConfig, DataConfig
 from data_pipelines.dataset import LIMITS, MAX_METADATA_BYTES, RawSample
 from data_pipelines.decode import (
@@ -49,9 +51,9 @@ class _Decoded:
 
 @dataclass(frozen=True)
 class Collated:
-    """Arrays of a batch (see `Collator`), and the bad samples: place in the batch -> line for quarantine.jsonl."""
+    """A batch's arrays (see `Collator`) in one block, and the bad samples: place -> line for quarantine.jsonl."""
 
-    arrays: dict[str, npt.NDArray[Any]]
+    block: Block
     keys: list[str]
     bad: dict[int, Quarantined]
 
@@ -101,10 +103,7 @@ class Collator:
                     f"{folders[place]}/{raw.shard}", raw.key, error.member, error.fault.reason, error.fault.detail
                 )
             del raw
-        arrays = self._stack(decoded)
-        arrays["weight"] = np.ones(len(seeds), dtype=np.float32)
-        arrays["weight"][list(bad)] = 0
-        return Collated(arrays, keys, dict(sorted(bad.items())))
+        return Collated(self._stack(decoded, bad), keys, dict(sorted(bad.items())))
 
     def _decode(self, raw: RawSample, seed: int) -> _Decoded:
         result = _Decoded()
@@ -157,22 +156,30 @@ class Collator:
             wave = augment.augment_audio(wave, config.sampling_rate, self._augmentation, random)
         return to_int16(wave[: max_samples(config)])
 
-    def _stack(self, decoded: Sequence[_Decoded]) -> dict[str, npt.NDArray[Any]]:
+    def _stack(self, decoded: Sequence[_Decoded], bad: Iterable[int]) -> Block:
         image, size = self._config.image, len(decoded)
         # Without a fixed size any image takes whole cells, so that an empty batch still has the shape of an image.
         patches = image.max_patches if image.size is not None else image.pooling**2
         patches = max([patches, *(len(item.patches) for item in decoded if item.patches is not None)])
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "image": np.zeros((size, patches, 3 * image.patch_size**2), dtype=np.uint8),
-            "image_position": np.full((size, patches, 2), -1, dtype=np.int64),
-            "audio": np.zeros(
-                (size, max([1, *(len(item.wave) for item in decoded if item.wave is not None)])), dtype=np.int16
-            ),
-            "audio_length": np.zeros(size, dtype=np.int64),
-            "text": np.zeros((size, max([1, *(len(item.ids) for item in decoded if item.ids)])), dtype=np.int64),
-            "text_length": np.zeros(size, dtype=np.int64),
-            "label": np.array([item.label for item in decoded], dtype=np.int64),
-        }
+        samples = max([1, *(len(item.wave) for item in decoded if item.wave is not None)])
+        tokens = max([1, *(len(item.ids) for item in decoded if item.ids)])
+        block = allocate(
+            {
+                "image": (torch.uint8, (size, patches, 3 * image.patch_size**2)),
+                "image_position": (torch.int64, (size, patches, 2)),
+                "audio": (torch.int16, (size, samples)),
+                "audio_length": (torch.int64, (size,)),
+                "text": (torch.int64, (size, tokens)),
+                "text_length": (torch.int64, (size,)),
+                "weight": (torch.float32, (size,)),
+                "label": (torch.int64, (size,)),
+            }
+        )
+        arrays = block.arrays()
+        arrays["image_position"].fill(-1)
+        arrays["weight"].fill(1)
+        arrays["weight"][list(bad)] = 0
+        arrays["label"][:] = [item.label for item in decoded]
         for place, item in enumerate(decoded):
             if item.patches is not None and item.positions is not None:
                 arrays["image"][place, : len(item.patches)] = item.patches
@@ -183,7 +190,7 @@ class Collator:
             if item.ids:
                 arrays["text"][place, : len(item.ids)] = item.ids
                 arrays["text_length"][place] = len(item.ids)
-        return arrays
+        return block
 
 
 class _BadMember(Exception):

@@ -426,20 +426,19 @@ class Dataset:
 def _read_row(
     index: ShardIndex, path: str, reader: MemberReader, row: int, members: Sequence[str], limits: Mapping[str, int]
 ) -> RawSample:
-    spans = {name: (int(index[f"{name}_offset"][row]), int(index[f"{name}_size"][row])) for name in members}
-    there = {name: span for name, span in spans.items() if span[1] >= 0}
+    there = [span for span in index.spans(row) if span[2] >= 0 and span[0] in members]
     data: dict[str, bytes] = {}
-    too_large = next((name for name, (_, size) in there.items() if size > limits.get(name, size)), None)
+    too_large = next((name for name, _, size in there if size > limits.get(name, size)), None)
     if there and too_large is None:
-        first = min(offset for offset, _ in there.values())
-        length = max(offset + size for offset, size in there.values()) - first
+        first = min([offset for _, offset, _ in there])
+        length = max([offset + size for _, offset, size in there]) - first
         # Members lie side by side, so one read takes the sample; not so where a large one is left out between. The
         # bytes are held twice then, which a large sample must not cost.
-        if length <= min(sum(size for _, size in there.values()) + 8192, _MOST_AT_ONCE):
+        if length <= min(sum([size for *_, size in there]) + 8192, _MOST_AT_ONCE):
             block = reader.read(first, length)
-            data = {name: block[offset - first : offset - first + size] for name, (offset, size) in there.items()}
+            data = {name: block[offset - first : offset - first + size] for name, offset, size in there}
         else:
-            data = {name: reader.read(offset, size) for name, (offset, size) in there.items()}
+            data = {name: reader.read(offset, size) for name, offset, size in there}
     return RawSample(
         index.key(row),
         path,
@@ -447,7 +446,7 @@ def _read_row(
         data.get("text"),
         data.get("audio"),
         data.get("json"),
-        IMAGE_EXTENSIONS[int(index["image_extension"][row])],
-        AUDIO_EXTENSIONS[int(index["audio_extension"][row])],
+        IMAGE_EXTENSIONS[index["image_extension"].item(row)],
+        AUDIO_EXTENSIONS[index["audio_extension"].item(row)],
         too_large,
     )

@@ -87,6 +87,7 @@ class ShardIndex:
         self.quarantined = quarantined
         # Straight from Arrow's buffers: its own conversion imports pandas, a second in every worker.
         self._columns = {name: _view(table.column(name), kind) for name, kind in COLUMN_TYPES.items()}
+        self._spans = [(name, self._columns[f"{name}_offset"], self._columns[f"{name}_size"]) for name in MEMBERS]
         keys = table.column("key").combine_chunks()
         keys = keys.chunk(0) if isinstance(keys, pa.ChunkedArray) else keys
         self._key_ends: npt.NDArray[np.int32] = (
@@ -108,8 +109,12 @@ class ShardIndex:
 
     def key(self, row: int) -> str:
         """Key of the sample in this row."""
-        start, end = self._key_ends[self._first_key + row : self._first_key + row + 2].tolist()
-        return str(self._key_bytes[start:end], "utf-8")
+        place = self._first_key + row
+        return str(self._key_bytes[self._key_ends.item(place) : self._key_ends.item(place + 1)], "utf-8")
+
+    def spans(self, row: int) -> list[tuple[str, int, int]]:
+        """(member, offset, size) of `MEMBERS` in this row, as the columns have them."""
+        return [(name, offsets.item(row), sizes.item(row)) for name, offsets, sizes in self._spans]
 
     def keys(self) -> list[str]:
         """All keys, in the order of the tar."""

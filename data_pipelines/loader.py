@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,7 +30,6 @@ from data_pipelines.quarantine import BadSampleLimit, QuarantineLog
 from data_pipelines.remote.ahead import fetch_ahead, is_fetching
 from data_pipelines.remote.store import reading
 from data_pipelines.sequence import Picked, SampleSequence, sample_seeds
-from data_pipelines.shared_block import SharedBlock, pack
 from data_pipelines.tokenizer import TextEncoder, make_tokenizer
 from data_pipelines.workers import forked_processes, ordered_threads
 
@@ -77,15 +76,31 @@ class LoaderConfig(Protocol):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a worker hands over: a batch and its bad samples by place, or what stops the run.
+    """What a worker hands over: a batch and its bad samples by place.
 
     `waited_seconds` is how long the worker waited for remote shards.
     """
 
-    batch: Batch
+    collated: Collated
+    index: IntArray
+    seeds: IntArray
+    step: int
+    epoch: int
     bad: dict[int, Quarantined]
-    stop: str | None = None
-    waited_seconds: float = 0.0
+    waited_seconds: float
+
+    def batch(self) -> Batch:
+        """As `build_loader` says."""
+        numbers = {"index": torch.from_numpy(self.index), "seed": torch.from_numpy(self.seeds)}
+        tensors = self.collated.block.tensors()
+        return {"keys": self.collated.keys, **numbers, **tensors, "step": self.step, "epoch": self.epoch}
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """What a worker hands over when the run cannot go on; torch would wrap an exception in the worker's traceback."""
+
+    reason: str
 
 
 class _Reader:
@@ -109,11 +124,6 @@ class _Reader:
                 del raw
 
 
-def _to_batch(collated: Collated, index: IntArray, seeds: IntArray, **rest: Any) -> Batch:
-    tensors = {name: torch.from_numpy(array) for name, array in collated.arrays.items()}
-    return {"keys": collated.keys, "index": torch.from_numpy(index), "seed": torch.from_numpy(seeds), **tensors, **rest}
-
-
 class _TrainSteps:
     """Step number -> this rank's share of that global batch."""
 
@@ -124,7 +134,7 @@ class _TrainSteps:
         self._rank, self._world_size = rank, world_size
         self.datasets = reader.datasets
 
-    def __getitem__(self, step: int) -> _Loaded:
+    def __getitem__(self, step: int) -> _Loaded | _Stop:
         reading.begin(step)
         try:
             picked = self._sequence.batch(step)
@@ -132,10 +142,9 @@ class _TrainSteps:
             picked = self._share(picked)
             collated = self._reader.read(picked.source, picked.sample, picked.seed)
         except BadInput as error:
-            # Torch would hand it on wrapped in the worker's traceback.
-            return _Loaded({}, {}, str(error))
-        batch = _to_batch(collated, picked.index, picked.seed, step=step, epoch=first_epoch)
-        return _Loaded(batch, collated.bad, waited_seconds=reading.waited_seconds)
+            return _Stop(str(error))
+        waited = reading.waited_seconds
+        return _Loaded(collated, picked.index, picked.seed, step, first_epoch, collated.bad, waited)
 
     def _share(self, picked: Picked) -> Picked:
         if self._world_size == 1:
@@ -183,27 +192,17 @@ class _EvalSteps:
         places = np.arange(start, start + self._size)
         return self._ids[np.minimum(places, len(self._ids) - 1)], places < len(self._ids)
 
-    def __getitem__(self, number: int) -> _Loaded:
+    def __getitem__(self, number: int) -> _Loaded | _Stop:
         reading.begin(number)
         sample, real = self._sample(number)
         seeds = sample_seeds(self._seed, np.zeros_like(sample), sample)
         try:
             collated = self._reader.read(np.zeros_like(sample), sample, seeds)
         except BadInput as error:
-            return _Loaded({}, {}, str(error))
-        collated.arrays["weight"][~real] = 0
+            return _Stop(str(error))
+        collated.block.arrays()["weight"][~real] = 0
         bad = {place: line for place, line in collated.bad.items() if real[place]}
-        batch = _to_batch(collated, sample, seeds, step=number, epoch=0)
-        return _Loaded(batch, bad, waited_seconds=reading.waited_seconds)
-
-
-def _packed(loaded: _Loaded) -> tuple[_Loaded, SharedBlock]:
-    return replace(loaded, batch={}), pack(loaded.batch)
-
-
-def _unpacked(handed: tuple[_Loaded, SharedBlock]) -> _Loaded:
-    loaded, block = handed
-    return replace(loaded, batch=block.unpack())
+        return _Loaded(collated, sample, seeds, number, 0, bad, reading.waited_seconds)
 
 
 def _stream(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig) -> Iterator[_Loaded]:
@@ -216,6 +215,8 @@ def _stream(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig)
                 # Registered after torch's own hook, which would wait five seconds for workers that nobody told to end.
                 atexit.register(loading.close)
             ahead.advance(numbers.start + number + 1)
+            if isinstance(loaded, _Stop):
+                raise BadInput(loaded.reason)
             yield loaded
     finally:
         ahead.close()
@@ -225,7 +226,7 @@ def _stream(steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig)
 
 def _load(
     steps: _TrainSteps | _EvalSteps, numbers: range, config: DataConfig, forked: Callable[[], None]
-) -> Generator[_Loaded, None, None]:
+) -> Generator[_Loaded | _Stop, None, None]:
     """The steps, loaded. `forked` is called as soon as there are the workers that there will be."""
     count, forks = config.num_workers, config.worker_type == "process"
     # A fork beside threads that fetch could inherit a lock of the resolver or of OpenSSL that nobody will let go of.
@@ -236,7 +237,7 @@ def _load(
         else:
             yield from (steps[number] for number in numbers)
     else:
-        yield from map(_unpacked, forked_processes(steps, numbers, count, config.prefetch, _packed, forked))
+        yield from forked_processes(steps, numbers, count, config.prefetch, forked)
 
 
 class TrainLoader:
@@ -269,14 +270,12 @@ class TrainLoader:
         log = QuarantineLog(self._log)
         limit = BadSampleLimit(data.max_bad_rate, data.max_bad_run, self._log)
         for loaded in _stream(self._steps, range(self._start, self._config.train.max_steps), data):
-            if loaded.stop is not None:
-                raise BadInput(loaded.stop)
             for line in loaded.bad.values():
                 log.append(line)
-            flags = [place in loaded.bad for place in range(len(loaded.batch["keys"]))]
+            flags = [place in loaded.bad for place in range(len(loaded.collated.keys))]
             limit.see(flags, next(iter(loaded.bad.values()), None))
             self.remote_wait_seconds += loaded.waited_seconds
-            yield loaded.batch
+            yield loaded.batch()
 
     def state(self, step: int) -> dict[str, Any]:
         """The data's part of a checkpoint once `step` steps are trained, for JSON. It is the same on every rank."""
@@ -295,11 +294,9 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         log = QuarantineLog(Path(self._config.run.dir) / "quarantine.jsonl")
         for loaded in _stream(self._steps, range(len(self._steps)), self._config.data):
-            if loaded.stop is not None:
-                raise BadInput(loaded.stop)
             for line in loaded.bad.values():
                 log.append(line)
-            yield loaded.batch
+            yield loaded.batch()
 
 
 def build_loader(

@@ -47,14 +47,9 @@ def ordered_threads(
 
 
 def forked_processes(
-    steps: Any,
-    numbers: range,
-    num_processes: int,
-    ahead: int,
-    hand_over: Callable[[Any], Any],
-    forked: Callable[[], None],
+    steps: Any, numbers: range, num_processes: int, ahead: int, forked: Callable[[], None]
 ) -> Generator[Any, None, None]:
-    """Yield `hand_over(steps[number])`, made in forked processes, for each number in order.
+    """Yield `steps[number]`, made in forked processes, for each number in order.
 
     Each process begins at most `ahead` before they are asked for. `forked` is called as soon as there are processes.
     """
@@ -67,7 +62,7 @@ def forked_processes(
         batch_size=None,
         num_workers=num_processes,
         prefetch_factor=ahead,
-        collate_fn=hand_over,
+        collate_fn=_as_it_is,
         worker_init_fn=functools.partial(_start_worker, os.getpid(), by_main_thread),
         # A fork starts in milliseconds where a fresh interpreter imports torch for seconds. It is safe here: a worker
         # touches no device and no lock of the parent's threads, and runs no parallel region of OpenMP.
@@ -76,6 +71,10 @@ def forked_processes(
     loading = iter(loader)
     forked()
     yield from loading
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
 
 
 def _obey_parent_alone(parent: int) -> None:

@@ -396,7 +396,7 @@ def test_any_damage_to_a_tar_is_quarantined_or_refused(
     assert time.process_time() - started < 10 and _peak_bytes() - peak < 256 << 20
     assert len(collated.keys) == len(dataset) <= len(headers)
     assert all(tuple(vars(line)) == KEYS and line.reason for line in [*quarantined, *collated.bad.values()])
-    assert set(np.flatnonzero(collated.arrays["weight"] == 0).tolist()) == set(collated.bad)
+    assert set(np.flatnonzero(collated.block.arrays()["weight"] == 0).tolist()) == set(collated.bad)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
