@@ -1,14 +1,16 @@
 """Claim: reading by index, in an exact order, costs little over decoding, and less than any peer.
 
-One run, the same tuples, the same decoding and stacking for all:
-  decode      the limit: samples already in memory -> batches, in this process, or in 2 processes that hand over nothing
+One run, the same tuples:
+  decode      the limit: samples already in memory -> our batches, in this process, or in 2 processes that hand over
+              nothing
   triptych    our loader: index, order, pread, decode -> batches
   others      webdataset, Energon, Mosaic Streaming, litData and Hugging Face `datasets`, each as it is set up for
-              training, handing encoded members to our collator in their workers (peers.py)
-each without workers, with 2 processes, and ours with 2 threads too; and each without any decoding, which shows what
-reading alone costs. What is not installed is named.
+              training (peers.py), with the usual collate function in its workers: Pillow, soundfile, float32 tensors;
+              and once more "with our decoder", which leaves the difference between reading and reading
+each without workers, with 2 processes, and ours with 2 threads too; and each without any decoding. What is not
+installed is named.
 
-    python benchmarks/loader.py [--samples 512] [--rounds 7]
+    python benchmarks/loader.py [--samples 512] [--rounds 5]
 
 Each round runs all cases, in turning order, each between two runs of the limit with as many workers: a machine's speed
 drifts within seconds. The figures are medians over rounds of samples per CPU-second (children included) and per second,
@@ -44,7 +46,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from benchmarks.peers import PACKAGES, PEERS
+from benchmarks.peers import PACKAGES, PEERS, UsualCollate
 from data_pipelines.collate import Collator
 from data_pipelines.dataset import Dataset, RawSample, commit_shard, open_dataset, write_dataset
 from data_pipelines.loader import build_loader
@@ -135,7 +137,8 @@ def cases(folder: Path, dataset: Dataset) -> tuple[dict[str, Callable[[], Iterab
     """What is measured, by "name, how", and the peers that are not there with the reason."""
     steps = len(dataset) // BATCH
     config = config_of(folder, steps, 0, "process")
-    collator = Collator(config.data, TextEncoder.of(make_tokenizer(config, [dataset])), None)
+    tokenizer = make_tokenizer(config, [dataset])
+    collator = Collator(config.data, TextEncoder.of(tokenizer), None)
     in_memory = dataset.read(np.arange(steps * BATCH), limits=collator.limits)
     shares = [in_memory[at : at + BATCH] for at in range(0, steps * BATCH, BATCH)]
 
@@ -170,12 +173,15 @@ def cases(folder: Path, dataset: Dataset) -> tuple[dict[str, Callable[[], Iterab
         try:
             # Some print while they prepare; standard output is for the result.
             with contextlib.redirect_stdout(sys.stderr):
-                peer, reader = (make(folder, dataset, each, BATCH) for each in (collate, count))
+                usual = UsualCollate(tokenizer, SIDE)
+                peer, same, reader = (make(folder, dataset, each, BATCH) for each in (usual, collate, count))
         except ImportError as error:
             absent[name] = str(error)
             continue
         found[f"{name}, no workers"] = functools.partial(peer, 0)
         found[f"{name}, 2 processes"] = functools.partial(peer, 2)
+        found[f"{name} with our decoder, no workers"] = functools.partial(same, 0)
+        found[f"{name} with our decoder, 2 processes"] = functools.partial(same, 2)
         found[f"{name}, reading alone"] = functools.partial(reader, 0)
     return found, absent
 
@@ -214,6 +220,13 @@ def measure(runs: dict[str, Callable[[], Iterable[Any]]], rounds: int) -> dict[s
     return measured
 
 
+def colour_of(case: str) -> str:
+    """Ours, a peer as it is, or a peer with our decoder."""
+    if case.startswith("triptych"):
+        return "tab:blue"
+    return "silver" if "with our decoder" in case else "tab:gray"
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Bars: shares of the limit, and what reading alone reaches."""
     try:
@@ -224,10 +237,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     shares: dict[str, float] = result["ratio_to_decode_per_cpu_second"]
     rates: dict[str, float] = result["samples_per_cpu_second"]
     reading = {name.split(",")[0]: rate for name, rate in rates.items() if name.endswith("reading alone")}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.32 * len(shares) + 1.2), width_ratios=(3, 2))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.27 * len(shares) + 1.2), width_ratios=(3, 2))
     for axes, values in ((left, shares), (right, reading)):
         names = sorted(values, key=lambda name: (name.split(", ")[1:], values[name]))
-        colours = ["tab:blue" if name.startswith("triptych") else "tab:gray" for name in names]
+        colours = [colour_of(name) for name in names]
         axes.bar_label(axes.barh(names, [values[name] for name in names], color=colours), fmt="{:,.3g}", padding=3)
         axes.spines[["top", "right"]].set_visible(False)
     left.axvline(1, color="black", linewidth=0.8)
@@ -242,7 +255,7 @@ def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="cases whose name holds this, besides the limits")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -1,21 +1,27 @@
 """Other loaders over the same tuples, for `loader.py`: each as its own documentation sets it up for training.
 
 Every peer shuffles, reads encoded members from its own format (written here from the same samples), and hands them to
-the same collator as ours, in the worker where there are workers. `PEERS` maps a name to a function
+the collate function that it is given, in the worker where there are workers. `PEERS` maps a name to a function
 (folder, dataset, collate, batch size) -> (workers -> batches), which raises ImportError where the package is not there.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
+import io
+import json
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from data_pipelines.dataset import Dataset, RawSample
 
@@ -28,6 +34,33 @@ def raw(found: dict[str, Any]) -> RawSample:
     """A peer's sample, as bytes by extension, in the form that our collator takes."""
     members = (found["jpg"], found["txt"], found["flac"], found["json"])
     return RawSample(found["__key__"], "", *members, "jpg", "flac", None)
+
+
+class UsualCollate:
+    """What training scripts write: Pillow, soundfile, a batched tokenizer, float32 tensors, padded and stacked.
+
+    Gives `image` float32 [B, 3, side, side] in 0..1, `audio` float32 [B, T], `input_ids` and `attention_mask` int64
+    [B, L], `label` int64 [B].
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, side: int) -> None:
+        self._tokenizer, self._side = tokenizer, side
+
+    def __call__(self, samples: list[RawSample]) -> dict[str, Any]:
+        images, waves = [], []
+        for sample in samples:
+            image = Image.open(io.BytesIO(sample.image or b"")).convert("RGB")
+            pixels = np.array(image.resize((self._side, self._side), Image.Resampling.BICUBIC))
+            images.append(torch.from_numpy(pixels).permute(2, 0, 1).float().div(255))
+            waves.append(torch.from_numpy(soundfile.read(io.BytesIO(sample.audio or b""), dtype="float32")[0]))
+        texts = [(sample.text or b"").decode() for sample in samples]
+        return {
+            "keys": [sample.key for sample in samples],
+            "image": torch.stack(images),
+            "audio": torch.nn.utils.rnn.pad_sequence(waves, batch_first=True),
+            "label": torch.tensor([json.loads(sample.json or b"{}")["label"] for sample in samples]),
+            **self._tokenizer(texts, padding=True, return_tensors="pt"),
+        }
 
 
 class _Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
