@@ -24,7 +24,7 @@ from data_pipelines.engines import local
 from data_pipelines.engines.slurm import SlurmOptions
 from data_pipelines.errors import BadInput, check_utf8
 from data_pipelines.plan import Fault, Plan, describe_dropped, make_plan, read_rows
-from data_pipelines.progress import Progress
+from data_pipelines.progress import Progress, counted
 from data_pipelines.reencode import library_versions
 from data_pipelines.shard import Sample
 from data_pipelines.sources import RowFault, Source, open_source
@@ -389,4 +389,4 @@ def _say_result(path: Path, progress: Progress) -> None:
     num_bad = len(quarantine.read_bytes().splitlines()) if quarantine.is_file() else 0
     bad_rows = "1 bad row is" if num_bad == 1 else f"{num_bad} bad rows are"
     left_out = f"; {bad_rows} in {quarantine}" if num_bad else ""
-    progress.say(f"{path}: {len(dataset)} samples in {len(dataset.shards)} shards{left_out}")
+    progress.say(f"{path}: {counted(len(dataset), 'sample')} in {counted(len(dataset.shards), 'shard')}{left_out}")

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 5.0
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, for people: `1 sample`, `6,000 samples`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 class Progress:
     """Counts `unit`s up to a total that `start` sets. A context manager; with `quiet` it says nothing at all."""
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from data_pipelines.errors import printable
 from data_pipelines.lint import LintReport
 from data_pipelines.lint_shard import KINDS
+from data_pipelines.progress import counted
 
 _NUM_SHOWN = 12
 _BAR_CELLS = 16
@@ -126,8 +127,8 @@ def lint_table(report: LintReport) -> RenderableType:
 def summary_line(report: LintReport) -> str:
     """The result of `lint` in one line."""
     total = sum(report.counts.values())
-    shards = f"{report.num_shards:,} shard{'s' * (report.num_shards != 1)}"
-    looked = f"{report.num_samples:,} samples in {shards}, {report.bytes / 1e6:,.1f} MB"
+    shards = counted(report.num_shards, "shard")
+    looked = f"{counted(report.num_samples, 'sample')} in {shards}, {report.bytes / 1e6:,.1f} MB"
     how = ", pictures and sounds not decoded" if report.fast else ""
-    found = "nothing wrong" if report.clean else f"{total:,} thing{'s' * (total != 1)} wrong"
+    found = "nothing wrong" if report.clean else f"{counted(total, 'thing')} wrong"
     return f"{printable(report.path)}: {found} ({looked}{how})"

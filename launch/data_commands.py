@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipelines.errors import BadInput, printable
+from data_pipelines.progress import counted
 from launch import prepare_options as prepare
 from launch.errors import exits_cleanly
 from launch.inspect_commands import lint_command, preview_command, stats_command
@@ -219,7 +220,7 @@ def index(
         print(f"quarantined: {what}", file=sys.stderr)
     if len(quarantined) > 5:
         print(f"and {len(quarantined) - 5} more in {folder / 'quarantine.jsonl'}", file=sys.stderr)
-    print(f"{folder}: {len(dataset)} samples in {len(dataset.shards)} shards", file=sys.stderr)
+    print(f"{folder}: {counted(len(dataset), 'sample')} in {counted(len(dataset.shards), 'shard')}", file=sys.stderr)
     if as_json:
         _print_json(_summary(folder))
 

@@ -153,6 +153,16 @@ def test_a_folder_of_sounds_with_a_table(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "path", ["hf://datasets/me/private@main/1.png", "hf://buckets/me/1.png", "https://example.org/1.png", "../1.png"]
+)
+def test_rows_name_files_of_their_own_dataset_alone(tmp_path: Path, path: str) -> None:
+    rows = {"image": [{"bytes": None, "path": path}], "text": ["a"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(BadInput, match=f"image path .*{Path(path).name}.* is refused"):
+        build_dataset(tmp_path / "saved", tmp_path / "out", progress=False)
+
+
 def test_splits(tmp_path: Path) -> None:
     saved = datasets.DatasetDict({"train": make(4), "test": make(3)})
     saved.save_to_disk(tmp_path / "saved")
