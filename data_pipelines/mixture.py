@@ -19,6 +19,8 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 DEFAULT_BLOCK = 4096
+# A checkpoint may come from a stranger, and a block is laid out in memory.
+_MOST_IN_BLOCK = 1 << 20
 
 
 def block_counts(weights: Sequence[float], block: int) -> IntArray:
@@ -91,6 +93,8 @@ class Mixture:
         given: IntArray = np.asarray(counts, dtype=np.int64)
         if given.ndim != 1 or not given.size or (given < 1).any():
             raise ValueError("counts must be positive whole numbers, one a source")
+        if given.max() > _MOST_IN_BLOCK or given.sum() > _MOST_IN_BLOCK:
+            raise ValueError(f"a block of more than {_MOST_IN_BLOCK} samples")
         made._lay_out(given)
         return made
 

@@ -31,7 +31,7 @@ LOGS = "logs"
 SCRIPT_FILE = "datatrove/launch_script.slurm"
 _MAX_PARTS = 100
 # Variables that jobs get where they are set.
-EXPORTED = ("HOME", "USER", "LOGNAME", "PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "HF_HOME")
+EXPORTED = tuple("HOME USER LOGNAME PATH LD_LIBRARY_PATH LANG LC_ALL TZ TMPDIR HF_HOME HF_ENDPOINT".split())
 # A user's own defaults for sbatch, which would win over the job script: each where the option is not given.
 _DEFAULTS = {"SBATCH_PARTITION": "partition", "SBATCH_ACCOUNT": "account", "SBATCH_TIMELIMIT": "time"}
 _MORE_DEFAULTS = {"SBATCH_QOS": "qos", "SBATCH_CONSTRAINT": "constraint", "SBATCH_RESERVATION": "reservation"}

@@ -129,3 +129,9 @@ def test_histories_that_do_not_fit_together() -> None:
     for changes in ([(8, [4, 5])], [(0, [4, 4])], [(8, [3, 3, 2])], [(8, [4, 4]), (8, [4, 4])], [(8, [8, 0])]):
         with pytest.raises(ValueError):
             MixtureHistory(Mixture([1, 1], 8), changes)
+
+
+@pytest.mark.parametrize("counts", [[], [0], [-1, 5], [10**12], [1 << 62, 1 << 62, 1 << 62]])
+def test_counts_of_no_block_are_refused(counts: list[int]) -> None:
+    with pytest.raises(ValueError, match="counts must be|a block of more"):
+        Mixture.of_counts(counts)
