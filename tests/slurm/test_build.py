@@ -64,8 +64,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _nodes_are_up(cluster: Cluster) -> Iterator[None]:
+def _nodes_are_up_and_free(cluster: Cluster, folder: Path) -> Iterator[None]:
     yield
+    (folder / "hold").unlink(missing_ok=True)
+    cluster.run("scancel", "--me", cwd=folder)
     subprocess.run(["bash", str(SCRIPT), "up"], capture_output=True, env=cluster.environment, timeout=120, check=True)
 
 
@@ -192,8 +194,9 @@ def test_ctrl_c_leaves_the_jobs_and_a_dead_node_and_a_requeue_change_nothing(clu
     jobs = build.jobs()
     wait_for(lambda: "submitted" in build.log.read_text())
     time.sleep(1)
-    # Below nsenter, which passes no signals on.
-    psutil.Process(build.process.pid).children(recursive=True)[-1].send_signal(signal.SIGINT)
+    # Below nsenter, which passes no signals on; below it in turn may be a squeue that is just asking.
+    below = psutil.Process(build.process.pid).children(recursive=True)
+    next(child for child in below if Path(child.exe()).name.startswith("python")).send_signal(signal.SIGINT)
     said = build.end()
     assert build.process.returncode == 130, said
     assert f"squeue --jobs {jobs['array'][0]},{jobs['finish'][0]}" in said and "the same command again" in said
