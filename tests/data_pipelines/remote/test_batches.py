@@ -185,6 +185,18 @@ def assert_a_shorter_shard_is_told(files: Any, folder: Path, url: str, settings:
 SECRET = "the-secret-of-this-test"
 
 
+def assert_same_in_both_modes(url: str, folder: Path, place: Path, remote: Remote, cache: Path) -> None:
+    """The batches of the local folder, through a cache that stays within its cap and by ranges."""
+    expected = local_batches(folder, place / "local")
+    cap = room_for(folder, 4)
+    with watched(cache) as most:
+        config = config_of(url, place / "run", remote(max_cache_gb=cap, ahead_steps=2), num_workers=1)
+        assert_same(by_sample(build_loader(config, 0, 1)), expected)
+    assert 0 < most() <= cap * 1e9
+    config = config_of(url, place / "run", remote(mode="range"), num_workers=1)
+    assert_same(by_sample(build_loader(config, 0, 1)), expected)
+
+
 def test_the_same_batches_from_s3(
     make_dataset: MakeDataset, remote: Remote, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,20 +209,13 @@ def test_the_same_batches_from_s3(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     folder = make_dataset(sizes=SIZES)
-    expected = local_batches(folder, tmp_path / "local")
     with running_s3(tmp_path / "s3") as endpoint:
         files = s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True)
         files.mkdir("bucket")
         files.put(str(folder), "bucket/sets/one", recursive=True)
         url = "s3://bucket/sets/one/"
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        cap = room_for(folder, 4)
-        with watched(cache) as most:
-            config = config_of(url, tmp_path / "run", remote(max_cache_gb=cap, ahead_steps=2), num_workers=1)
-            assert_same(by_sample(build_loader(config, 0, 1)), expected)
-        assert 0 < most() <= cap * 1e9
-        config = config_of(url, tmp_path / "run", remote(mode="range"), num_workers=1)
-        assert_same(by_sample(build_loader(config, 0, 1)), expected)
+        assert_same_in_both_modes(url, folder, tmp_path, remote, cache)
 
         assert_a_shorter_shard_is_told(files, folder, url, remote(cache_dir=str(tmp_path / "other")))
         with pytest.raises(BadInput, match=r"absent/dataset\.json: no such file") as caught:
@@ -238,19 +243,12 @@ def test_the_same_batches_from_gcs(
     # Nobody is to be asked for credentials.
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     folder = make_dataset(sizes=SIZES)
-    expected = local_batches(folder, tmp_path / "local")
     with running_gcs(tmp_path / "gcs") as endpoint:
         files = core.GCSFileSystem(endpoint_url=endpoint, token="anon", skip_instance_cache=True)
         files.put(str(folder), "bucket/sets/one", recursive=True)
         url = "gs://bucket/sets/one/"
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
-        cap = room_for(folder, 4)
-        with watched(cache) as most:
-            config = config_of(url, tmp_path / "run", remote(max_cache_gb=cap, ahead_steps=2), num_workers=1)
-            assert_same(by_sample(build_loader(config, 0, 1)), expected)
-        assert 0 < most() <= cap * 1e9
-        config = config_of(url, tmp_path / "run", remote(mode="range"), num_workers=1)
-        assert_same(by_sample(build_loader(config, 0, 1)), expected)
+        assert_same_in_both_modes(url, folder, tmp_path, remote, cache)
 
         for absent in ("gs://bucket/absent", "gs://no-bucket/one"):
             with pytest.raises(BadInput, match=rf"^{absent}/dataset\.json: no such file$"):
