@@ -43,7 +43,7 @@ def manifest(tmp_path: Path, records: list[Record]) -> Path:
 @pytest.fixture
 def long_manifest(tmp_path: Path) -> Path:
     """So many shards that a signal after the first ones comes long before the last."""
-    return write_csv(tmp_path / "raw" / "manifest.csv", write_files(tmp_path / "raw", 1000))
+    return write_csv(tmp_path / "raw" / "manifest.csv", write_files(tmp_path / "raw", 400))
 
 
 def build(manifest: Path, out: Path, **options: Any) -> Path:
@@ -142,29 +142,40 @@ def test_an_unfinished_build_keeps_complete_shards(
     assert "4 of 5 shards are there already" in capsys.readouterr().err
 
 
+SLOW = """
+import sys, time
+# webdataset imports torch where there is one; without, each process starts two seconds earlier.
+sys.modules["torch"] = None
+from data_pipelines.sources.manifest import ManifestSource
+read = ManifestSource.read
+def slow(self, row):
+    time.sleep(0.03)
+    return read(self, row)
+ManifestSource.read = slow
+"""
+
+
 def start_build(manifest: Path, out: Path, first: str = "", **options: Any) -> subprocess.Popen[str]:
-    """A build in a process of its own, which does `first` and then takes its time over every sample."""
+    """A build in a process of its own, which does `first` and then takes its time over every sample, in workers too."""
     call = f"build.build_dataset({str(manifest)!r}, {str(out)!r}, shard_size=5, **{options!r})"
     code = (
-        f"{first}\n"
-        # webdataset imports torch where there is one; without, each of these starts two seconds earlier.
-        "import sys, time\nsys.modules['torch'] = None\n"
+        f"{first}\nimport sys\n"
         "from data_pipelines import build\n"
-        "from data_pipelines.sources.manifest import ManifestSource\n"
-        "read = ManifestSource.read\n"
-        "def slow(self, row):\n    time.sleep(0.03)\n    return read(self, row)\n"
-        "ManifestSource.read = slow\n"
         "from launch.errors import exits_cleanly\n"
         f"run = exits_cleanly(lambda: {call})\n"
         "import typer\n"
         "try:\n    run()\nexcept typer.Exit as end:\n    sys.exit(end.exit_code)\n"
     )
+    site = out.parent / "site"
+    site.mkdir(exist_ok=True)
+    # Python imports this at its start, and workers have the same path.
+    (site / "sitecustomize.py").write_text(SLOW)
     return subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}"},
     )
 
 
