@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch, transformers or huggingface_hub are imported: they read these once.
@@ -17,6 +18,10 @@ from hypothesis import settings  # noqa: E402
 # A loaded machine takes its time, and a failure must come back in the next run.
 settings.register_profile("triptych", deadline=None, derandomize=True)
 settings.load_profile("triptych")
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and so would every program under test.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 KINDS = ("distributed", "slurm", "soak")
 ROOT = Path(__file__).resolve().parent.parent
