@@ -266,10 +266,14 @@ class TrainLoader:
         return max(0, self._config.train.max_steps - self._start)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.batches(range(self._start, self._config.train.max_steps))
+
+    def batches(self, numbers: range) -> Iterator[Batch]:
+        """The rank's share of the global batches with these numbers, in order."""
         data = self._config.data
         log = QuarantineLog(self._log)
         limit = BadSampleLimit(data.max_bad_rate, data.max_bad_run, self._log)
-        for loaded in _stream(self._steps, range(self._start, self._config.train.max_steps), data):
+        for loaded in _stream(self._steps, numbers, data):
             for line in loaded.bad.values():
                 log.append(line)
             flags = [place in loaded.bad for place in range(len(loaded.collated.keys))]

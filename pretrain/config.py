@@ -131,6 +131,12 @@ class LoggingConfig(Settings):
     tensorboard: bool = Field(True, description="Write TensorBoard files under the run directory.")
 
 
+class WatchConfig(Settings):
+    """Numbers that go wrong: a loss or gradient that is not finite is never let into the weights."""
+
+    max_non_finite: PositiveInt = Field(10, description="Steps in a row that are skipped for it; then the run stops.")
+
+
 class SupervisorConfig(Settings):
     """The process that watches the ranks. Kept for it: nothing reads these settings yet."""
 
@@ -160,6 +166,7 @@ class Config(Settings):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
     evaluation: EvalConfig = Field(default_factory=EvalConfig, description="Evaluation.")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Logs.")
+    watch: WatchConfig = Field(default_factory=WatchConfig, description="Numbers that go wrong.")
     supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig, description="Supervisor.")
     slurm: SlurmConfig = Field(default_factory=SlurmConfig, description="Slurm.")
 

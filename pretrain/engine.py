@@ -9,6 +9,7 @@ weights-only loading must be forced, because DeepSpeed loads pickles.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import warnings
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from data_pipelines.errors import BadInput
 from pretrain.config import Config
 from pretrain.model.backbones import family
+from pretrain.norm_gate import Judge, NormGate
 
 _NO_DECAY = ("norm", "logit_scale", "logit_bias", "per_dim_scale", "position_embedding_table", ".token")
 
@@ -126,6 +128,7 @@ class Engine:
             groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=True
         )
         self.module, _ = self._accelerator.prepare(model, optimizer)
+        self._gate = NormGate(self.module.optimizer) if self.config.engine.zero_stage else None
 
     @property
     def model(self) -> Any:
@@ -139,21 +142,48 @@ class Engine:
         """
         self.module.backward(loss * (self.world_size * self.accumulation))
 
-    def step(self, learning_rate: float) -> None:
-        """After each micro-batch: at the last one of a step, reduce, clip and update."""
-        for group in self.module.optimizer.param_groups:
-            group["lr"] = learning_rate * group["scale"]
-        if self.config.engine.zero_stage == 0 and self.module.is_gradient_accumulation_boundary():
-            # Without ZeRO in fp32 DeepSpeed clips but does not say the norm.
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self._norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+    def accumulate(self) -> None:
+        """After each micro-batch of a step but the last."""
         self.module.step()
 
+    def update(self, learning_rate: float, judge: Judge) -> bool:
+        """After the last micro-batch of a step: reduce, have the norm judged, clip and update, or let the step go.
+
+        Args:
+            learning_rate: the schedule's; each parameter group has its factor on it.
+            judge: asked with the norm of the whole gradient before clipping, the same number on every rank.
+
+        Returns:
+            Whether the weights were updated. Where not, weights and moments are untouched and the gradient is gone.
+        """
+        for group in self.module.optimizer.param_groups:
+            group["lr"] = learning_rate * group["scale"]
+        if self._gate is None:
+            return self._update_without_zero(judge)
+        self._gate.open_for(judge)
+        self.module.step()
+        if self._gate.norm is None:
+            # DeepSpeed saw what is not finite in the gradient itself, and did not come to a norm.
+            judge(math.inf)
+        self._norm = self._gate.norm
+        return not self.module.optimizer.overflow
+
+    def _update_without_zero(self, judge: Judge) -> bool:
+        gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm(gradients.values())
+        self._norm = float(norm)
+        accepted = judge(self._norm if math.isfinite(self._norm) else math.inf)
+        if accepted and self.config.train.clip_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(gradients, self.config.train.clip_grad_norm, norm)
+        for parameter in () if accepted else gradients:
+            # AdamW leaves a parameter without a gradient alone, moments and all.
+            parameter.grad = None
+        self.module.step()
+        return accepted
+
     def grad_norm(self) -> float | None:
-        """Norm of the last step's whole gradient, before clipping."""
-        norm = self.module.get_global_grad_norm()
-        norm = self._norm if norm is None else norm
-        return None if norm is None else float(norm)
+        """Norm of the last step's whole gradient, before clipping; None where it was not finite."""
+        return self._norm if self._norm is not None and math.isfinite(self._norm) else None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum over ranks, in float64 and rank order on CPU."""
@@ -236,7 +266,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "train_batch_size": config.data.global_batch,
         "train_micro_batch_size_per_gpu": config.data.global_batch // world_size // accumulation,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.train.clip_grad_norm,
+        # Without ZeRO the engine clips itself, once the gradient is judged.
+        "gradient_clipping": config.train.clip_grad_norm if engine.zero_stage else 0.0,
         "zero_optimization": zero,
         "bf16": {"enabled": engine.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

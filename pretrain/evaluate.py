@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,7 @@ def evaluate(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Score `model` on `dataset`; every rank must call this, and every rank gets the same result.
 
@@ -72,6 +73,7 @@ def evaluate(
         rank, world_size: this process among those that evaluate together.
         device: where the model is.
         batch_size: samples a forward pass; None takes `config.evaluation.batch`.
+        alive: called before each batch.
 
     Returns:
         A JSON-ready dict: `zero_shot`, `retrieval`, `caption`, `num_samples`, `data`, `seconds`. Scores are in 0..1,
@@ -82,7 +84,9 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            found = _collect(model, config, dataset, tokenizer, rank, world_size, torch.device(device), batch_size)
+            found = _collect(
+                model, config, dataset, tokenizer, rank, world_size, torch.device(device), batch_size, alive
+            )
             classes, labels = _labels(dataset, found.index)
             prompts = {
                 "image": _encode_prompts(model, tokenizer, classes, config.evaluation.image_prompts),
@@ -110,10 +114,12 @@ def _collect(
     world_size: int,
     device: torch.device,
     batch_size: int | None,
+    alive: Callable[[], None],
 ) -> Collected:
     loader = build_eval_loader(config, dataset, tokenizer, rank, world_size, batch_size or config.evaluation.batch)
     parts: list[dict[str, Tensor]] = []
     for batch in loader:
+        alive()
         part: dict[str, Tensor] = {"weight": batch["weight"], "index": batch["index"]}
         num_patches = (batch["image_position"] >= 0).all(-1).sum(1)
         for modality, values, length in (

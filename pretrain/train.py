@@ -89,9 +89,11 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
     from pretrain import checkpoint
     from pretrain.callbacks.evaluation import Evaluation
     from pretrain.callbacks.logs import Console, MetricsFile, TensorBoard
+    from pretrain.heartbeat import Pulse
     from pretrain.model.omni import OmniPretrainer
     from pretrain.trainer import Trainer, different_setting
 
+    pulse = Pulse(global_rank())
     engine = Engine(config)
     engine.barrier()
     try:
@@ -129,8 +131,11 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
             callbacks,
             loader.state,
             lambda: loader.remote_wait_seconds,
+            pulse,
         )
         trainer.step = step
+        if start is not None:
+            trainer.watch.resume(old["watch"])
         if engine.is_main and start is not None:
             print(f"resuming from {start} at step {step}", file=sys.stderr)
         try:

@@ -14,6 +14,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,30 @@ from pretrain.callbacks import Callback, StepRecord
 from pretrain.config import Config
 from pretrain.deadline import Deadline
 from pretrain.engine import Engine
+from pretrain.heartbeat import Pulse
 from pretrain.model.omni import Plan
 from pretrain.objectives import joint
 from pretrain.objectives.align import Embeddings, align_loss
 from pretrain.schedule import learning_rate
+from pretrain.watch import Watch
 
 _LOCAL_COUNTS = ("text", "image", "audio")
+
+
+class LimitPassed(RuntimeError):
+    """The run stopped itself, for a reason that all ranks saw in the same step."""
+
+
+@dataclass
+class Told:
+    """What each rank tells the others once a step, before the backward pass; what comes back is the sum over ranks."""
+
+    text: float
+    image: float
+    audio: float
+    tokens: float
+    stop: float
+    """1 from a rank that was asked to stop."""
 
 
 class Trainer:
@@ -49,6 +68,7 @@ class Trainer:
         callbacks: list[Callback],
         data_state: Callable[[int], dict[str, Any]],
         remote_wait_seconds: Callable[[], float] = float,
+        pulse: Pulse | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -58,7 +78,10 @@ class Trainer:
         self.callbacks = callbacks
         self.data_state = data_state
         self.remote_wait_seconds = remote_wait_seconds
+        self.pulse = pulse or Pulse(engine.rank)
+        self.watch = Watch(config.watch)
         self.step = 0
+        """Optimizer steps done, skipped ones among them."""
         self._stop_wanted = False
         self._deadline = Deadline(config.run.stop_before)
 
@@ -67,6 +90,9 @@ class Trainer:
 
         Returns:
             True when all steps are done, false when stopped on purpose with a checkpoint saved.
+
+        Raises:
+            LimitPassed: the numbers went wrong for too long; the last checkpoint is older than that.
         """
         self._catch_signals()
         for callback in self.callbacks:
@@ -77,17 +103,22 @@ class Trainer:
             record, stopped = self._one_step(batches)
             for callback in self.callbacks:
                 callback.on_step(self, record)
+            if self.watch.verdict.action == "stop":
+                raise LimitPassed(f"step {self.step}: {self.watch.verdict.reason}")
             done = self.step == self.config.train.max_steps
             if done or stopped or self.step % self.config.checkpoint.every_steps == 0:
+                self.pulse.beat("checkpoint", self.step)
                 self._save()
             if not stopped:
                 for callback in self.callbacks:
                     callback.after_step(self, record)
         for callback in self.callbacks:
             callback.on_end(self)
+        self.pulse.beat("end", self.step)
         return not stopped
 
     def _one_step(self, batches: Iterator[dict[str, Any]]) -> tuple[StepRecord, bool]:
+        self.pulse.beat("data", self.step + 1)
         started, remote_wait = time.perf_counter(), self.remote_wait_seconds()
         batch = next(batches)
         data_wait, remote_wait = time.perf_counter() - started, self.remote_wait_seconds() - remote_wait
@@ -96,48 +127,57 @@ class Trainer:
         plans = [self.engine.model.plan(micro) for micro in micro_batches]
         local = [float(sum(plan.counts[name] for plan in plans)) for name in _LOCAL_COUNTS]
         tokens = float(sum(plan.num_tokens for plan in plans))
-        stop_wanted = self._stop_wanted or self._deadline.passed()
-        *summed, all_tokens, stop = self.engine.sum([*local, tokens, float(stop_wanted)])
-        counts = {name: int(value) for name, value in zip(_LOCAL_COUNTS, summed, strict=True)}
+        stop = self._stop_wanted or self._deadline.passed()
+        all_ranks = self._tell(Told(*local, tokens=tokens, stop=float(stop)))
+        counts = {name: int(getattr(all_ranks, name)) for name in _LOCAL_COUNTS}
 
         rate = learning_rate(self.step, self.config.train)
-        sums, counts, scale = self._backward(micro_batches, plans, counts, rate)
-        loss, parts = joint.means(sums, counts, self.config.losses)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self.step + 1} is {loss}: {parts}")
+        totals, counts, scale = self._backward(micro_batches, plans, counts)
+        loss, parts = joint.means(totals, counts, self.config.losses)
+        self.watch.see_loss(loss)
+        self.pulse.beat("optimizer", self.step + 1)
+        self.engine.update(rate, self.watch.accepts)
 
         self.step += 1
         seconds = time.perf_counter() - started
         global_batch = self.config.data.global_batch
         record = StepRecord(
             step=self.step,
+            batch=int(batch.get("step", self.step - 1)),
             epoch=self.step * global_batch / self.samples_an_epoch,
             samples_seen=self.step * global_batch,
-            loss=loss,
+            loss=finite(loss),
             loss_hex=loss.hex(),
-            loss_text=parts["text"],
-            loss_align=parts["align"],
-            loss_image=parts["image"],
-            loss_audio=parts["audio"],
+            loss_text=finite(parts["text"]),
+            loss_align=finite(parts["align"]),
+            loss_image=finite(parts["image"]),
+            loss_audio=finite(parts["audio"]),
             lr=rate,
             grad_norm=self.engine.grad_norm(),
             logit_scale=scale,
             samples_per_second=global_batch / seconds,
-            tokens_per_second=all_tokens / seconds,
+            tokens_per_second=all_ranks.tokens / seconds,
             data_wait_fraction=data_wait / seconds,
             remote_wait_seconds=remote_wait,
             step_seconds=seconds,
             rss_bytes=psutil.Process().memory_info().rss,
+            skipped=self.watch.verdict.reason,
         )
-        return record, stop > 0
+        return record, all_ranks.stop > 0
+
+    def _tell(self, mine: Told) -> Told:
+        return Told(*self.engine.sum(astuple(mine)))
 
     def _backward(
-        self, micro_batches: list[dict[str, Any]], plans: list[Plan], counts: dict[str, int], rate: float
+        self, micro_batches: list[dict[str, Any]], plans: list[Plan], counts: dict[str, int]
     ) -> tuple[dict[str, float], dict[str, int], float]:
-        """Forward, backward and update of one step -> global loss sums, all counts, logit scale."""
-        cached = self._cached_alignment(micro_batches, plans) if len(micro_batches) > 1 else None
+        """Forward and backward of one step -> global loss sums, all counts, logit scale."""
+        step, last = self.step + 1, len(micro_batches) - 1
+        self.pulse.beat("forward", step)
+        cached = self._cached_alignment(micro_batches, plans) if last else None
         totals = dict.fromkeys(joint.NAMES, 0.0)
         for i, (micro, plan) in enumerate(zip(micro_batches, plans, strict=True)):
+            self.pulse.beat("forward", step)
             output = self.engine.module(micro, plan)
             if cached is None:
                 align, pairs = align_loss(output.embeddings, self.config.objectives)
@@ -148,10 +188,12 @@ class Trainer:
             scale = float(output.embeddings.scale.detach())
             sums = {"text": output.text, "image": output.image, "audio": output.audio, "align": align}
             counts["align"] = pairs
+            self.pulse.beat("backward", step)
             self.engine.backward(joint.weighted_sum(sums, counts, self.config.losses))
             for name in _LOCAL_COUNTS:
                 totals[name] += float(sums[name].detach())
-            self.engine.step(rate)
+            if i < last:
+                self.engine.accumulate()
         summed = self.engine.sum([totals[name] for name in joint.NAMES])
         return dict(zip(joint.NAMES, summed, strict=True)), counts, scale
 
@@ -167,6 +209,7 @@ class Trainer:
             "step": self.step,
             "samples_consumed": self.step * self.config.data.global_batch,
             "data": self.data_state(self.step),
+            "watch": self.watch.state(),
             "config": self.config.model_dump(mode="json"),
         }
         keep = self.config.checkpoint.keep_last
@@ -225,6 +268,11 @@ def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
         return value[i * each : (i + 1) * each] if isinstance(value, (list, Tensor)) and len(value) == size else value
 
     return [{name: piece(value, i) for name, value in batch.items()} for i in range(parts)]
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None where it is not finite: JSON has no word for that."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 FREE_SETTINGS = (

@@ -14,9 +14,12 @@ class StepRecord:
     """What one optimizer step did; the fields of a line in metrics.jsonl."""
 
     step: int
+    batch: int
+    """Number of the global batch; it runs ahead of `step - 1` once batches were passed over."""
     epoch: float
     samples_seen: int
-    loss: float
+    loss: float | None
+    """None where it is not finite; `loss_hex` says which way."""
     loss_hex: str
     loss_text: float | None
     loss_align: float | None
@@ -31,6 +34,8 @@ class StepRecord:
     remote_wait_seconds: float
     step_seconds: float
     rss_bytes: int
+    skipped: str | None
+    """Why the step did not change the weights; None where it did."""
 
 
 class Callback:

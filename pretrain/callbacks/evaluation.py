@@ -51,6 +51,7 @@ class Evaluation(Callback):
                 rank=engine.rank,
                 world_size=engine.world_size,
                 device=engine.device,
+                alive=lambda: trainer.pulse.beat("evaluate", trainer.step),
             )
             for dataset in self._datasets
         ]

@@ -136,7 +136,8 @@ def _line(record: StepRecord) -> str:
         "audio": record.loss_audio,
     }
     parts = "  ".join(f"{name} {value:.3f}" for name, value in losses.items() if value is not None)
+    loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
     return (
-        f"loss {record.loss:.4f}  {parts}  lr {record.lr:.2e}  {record.samples_per_second:.0f} samples/s  "
+        f"loss {loss}  {parts}  lr {record.lr:.2e}  {record.samples_per_second:.0f} samples/s  "
         f"data wait {record.data_wait_fraction:.0%}"
     )

@@ -66,3 +66,31 @@ def test_bf16_trains(tmp_path: Path, reference: list) -> None:
 def test_siglip_gathers_negatives_too(tmp_path: Path) -> None:
     alone = losses(tmp_path / "1", world_size=1, objectives={"align": "siglip"})
     assert_close(losses(tmp_path / "2", dealing="apart", objectives={"align": "siglip"}), alone, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+def test_a_sample_that_is_not_a_number_on_one_rank_changes_nothing_anywhere(
+    tmp_path: Path, stage: int, precision: str
+) -> None:
+    # The same batch in every step: with step 3 passed over, steps 4 and 5 are what 3 and 4 would have been.
+    case = {
+        "samples": 8,
+        "micro_batch": 2,
+        "steps": 5,
+        "train": {"schedule": "constant", "warmup_steps": 0},
+        "engine": {"zero_stage": stage, "precision": precision},
+    }
+    clean = losses(tmp_path / "clean", **case)
+    poisoned = losses(tmp_path / "poisoned", poison=(1, [3]), **case)
+    expected = [step["loss"] for step in clean]
+    assert [step["loss"] for step in poisoned] == [*expected[:2], None, *expected[2:4]]
+    assert [step["skipped"] for step in poisoned] == [None, None, "the loss is nan", None, None]
+    assert [step["grad_norm"] for step in poisoned[3:]] == [step["grad_norm"] for step in clean[2:4]]
+
+
+def test_too_many_of_them_in_a_row_end_the_run(tmp_path: Path) -> None:
+    *steps, end = losses(tmp_path, poison=(0, [2, 4, 5, 6]), steps=8, watch={"max_non_finite": 3})
+    assert [step["loss"] is None for step in steps] == [False, True, False, True, True, True]
+    assert "step 6: 3 steps in a row" in end["stopped"] and "watch.max_non_finite" in end["stopped"]
