@@ -27,7 +27,7 @@ from pretrain.checkpoint.commit import commit, discard, lack_of_room, temporary_
 from pretrain.checkpoint.generators import generator_file, generators
 from pretrain.checkpoint.manifest import FORMAT_VERSION, IDENTITY, folder_of
 from pretrain.checkpoint.snapshot import FrozenFile, HostBuffers
-from pretrain.checkpoint.writer import Bytes, Content, Work, write_files
+from pretrain.checkpoint.writer import Bytes, Content, Work, WriterThread, write_files
 
 if TYPE_CHECKING:
     from pretrain.config import CheckpointConfig
@@ -92,6 +92,7 @@ class Saver:
         """
         self._engine, self._run_dir, self._run_id, self._config, self._alive = engine, run_dir, run_id, config, alive
         self._buffers = HostBuffers(pinned=engine.device.type == "cuda")
+        self._thread = WriterThread()
         self._pending: _Pending | None = None
         if engine.is_main:
             retention.clear_leftovers(run_dir)
@@ -121,7 +122,7 @@ class Saver:
             stall = time.perf_counter() - started
             return self._log(Saved(step, 0, round(stall, 4), round(stall, 4), problem))
         rank = engine.rank
-        writing = Work(lambda count: write_files(work, files, rank, count))
+        writing = self._thread.start(lambda count: write_files(work, files, rank, count))
         self._pending = _Pending(step, work, started, writing, time.perf_counter() - started)
         return None
 
@@ -207,7 +208,7 @@ class Saver:
                 "zero_stage": engine.config.engine.zero_stage,
                 "files": dict(sorted(entries.items())),
             }
-            pending.committing = Work(lambda count: self._commit(pending.work, manifest))
+            pending.committing = self._thread.start(lambda count: self._commit(pending.work, manifest))
         return None
 
     def _hear_the_end(self, pending: _Pending) -> tuple[int, str | None]:

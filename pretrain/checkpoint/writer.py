@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 _NICENESS = 10
+_BLOCK_BYTES = 8 << 20
 
 
 class Content(Protocol):
@@ -41,6 +43,7 @@ class HashedFile:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._digest = hashlib.sha256()
         self._count = count
+        self._small = bytearray()
         self.num_bytes = 0
         self.error: OSError | None = None
         """The first error of a write, which torch's writer hides behind one of its own."""
@@ -53,37 +56,51 @@ class HashedFile:
     ) -> None:
         try:
             if error is None:
+                self._write_small()
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
-        if self.error is not None and error is not self.error:
+        if self.error is not None and error is not None and error is not self.error:
             raise self.error from error
 
     def write(self, data: Any) -> int:
+        """Append bytes. What is small waits for more, since torch writes many headers of a few bytes."""
         view = memoryview(data).cast("B")
-        self._digest.update(view)
-        written = 0
+        if len(self._small) + len(view) <= _BLOCK_BYTES:
+            self._small += view
+        else:
+            self._write_small()
+            self._write_out(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Torch's writer asks for it at its end; `__exit__` does more."""
+
+    def entry(self, rank: int) -> dict[str, Any]:
+        """The file's line in the manifest, once it is closed."""
+        return {"bytes": self.num_bytes, "sha256": self._digest.hexdigest(), "rank": rank}
+
+    def _write_small(self) -> None:
+        small, self._small = self._small, bytearray()
+        self._write_out(memoryview(small))
+
+    def _write_out(self, view: memoryview) -> None:
         try:
-            while written < len(view):
-                step = os.write(self._descriptor, view[written : written + (64 << 20)])
-                written += step
-                self._count(step)
+            for start in range(0, len(view), _BLOCK_BYTES):
+                block = view[start : start + _BLOCK_BYTES]
+                self._digest.update(block)
+                while block:
+                    written = os.write(self._descriptor, block)
+                    block = block[written:]
+                    self.num_bytes += written
+                    self._count(written)
         except OSError as error:
             self.error = self.error or error
             raise
-        self.num_bytes += written
-        return written
-
-    def flush(self) -> None:
-        """Nothing is held back; torch's writer asks for it."""
-
-    def entry(self, rank: int) -> dict[str, Any]:
-        """The file's line in the manifest."""
-        return {"bytes": self.num_bytes, "sha256": self._digest.hexdigest(), "rank": rank}
 
 
 class Work:
-    """A thread that does one thing, and what came of it."""
+    """One thing that the thread has to do, and what came of it."""
 
     def __init__(self, what: Callable[[Callable[[int], None]], Any]) -> None:
         self.result: Any = None
@@ -91,29 +108,49 @@ class Work:
         self.progress = 0
         """A number that grows while something happens."""
         self._what = what
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
 
     @property
     def done(self) -> bool:
         """Whether it has come to an end, good or bad."""
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     def wait(self, seconds: float) -> None:
         """Wait until it is done, or for so long."""
-        self._thread.join(seconds)
+        self._ended.wait(seconds)
+
+    def do(self) -> None:
+        """Do it, in the thread."""
+        try:
+            self.result = self._what(self._count)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._ended.set()
+
+    def _count(self, number: int) -> None:
+        self.progress += number
+
+
+class WriterThread:
+    """A rank's one thread for checkpoints; it ends with the process, whatever it is waiting for."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
+
+    def start(self, what: Callable[[Callable[[int], None]], Any]) -> Work:
+        """Have something done; it is called with a function that counts its progress."""
+        work = Work(what)
+        self._waiting.put(work)
+        return work
 
     def _run(self) -> None:
         if sys.platform == "linux":
             # Here a thread has a niceness of its own, and where cores are few, training goes first.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        try:
-            self.result = self._what(self._count)
-        except BaseException as error:
-            self.error = error
-
-    def _count(self, number: int) -> None:
-        self.progress += number
+        while True:
+            self._waiting.get().do()
 
 
 def write_files(
