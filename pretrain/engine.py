@@ -210,6 +210,7 @@ class Engine:
             folder: where the files are to lie.
             take: gets each file's path below `folder` and its content, which lives on and changes with the next step.
         """
+        from pretrain.checkpoint.manifest import ZERO_TAG
         from pretrain.checkpoint.zero_files import ZeroFiles
 
         self.module.checkpoint_engine = ZeroFiles(take)
@@ -217,7 +218,7 @@ class Engine:
         self.module._copy_recovery_script = lambda path: None
         # `universal_checkpoint_info` lets DeepSpeed's converter change the world size later.
         client_state: dict[str, Any] = {"universal_checkpoint_info": {}}
-        self.module.save_checkpoint(str(folder), tag="state", client_state=client_state, save_latest=False)
+        self.module.save_checkpoint(str(folder), tag=ZERO_TAG, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, weights-only (all ranks call it)."""

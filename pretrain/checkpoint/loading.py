@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from data_pipelines.errors import BadInput
 from pretrain.checkpoint.generators import generator_file, restore_generators
-from pretrain.checkpoint.manifest import IDENTITY, read_manifest
+from pretrain.checkpoint.manifest import IDENTITY, TRAINER_STATE, ZERO_FOLDER, ZERO_TAG, ZERO_TAG_FILE, read_manifest
 from pretrain.checkpoint.verify import share
 from pretrain.consolidate import safe_unpickling
 
@@ -28,7 +28,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: it is not JSON.
     """
-    file = path / "trainer.json"
+    file = path / TRAINER_STATE
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -49,7 +49,7 @@ def load(engine: Engine, path: Path) -> None:
                 f"{path.name} was written with {key} {manifest[key]}, this run has {ours}: resume with the same number"
             )
     check_identities_together(engine, path, manifest)
-    engine.load(path / "deepspeed")
+    engine.load(path / ZERO_FOLDER)
     restore_generators(load_file(path / generator_file(engine.rank)), engine.device)
 
 
@@ -81,11 +81,28 @@ def check_identities(path: Path, manifest: dict[str, Any], names: Iterable[str] 
             found = _of_pt(path / name)
         elif name.endswith(".safetensors"):
             found = _of_safetensors(path / name)
-        else:
+        elif name == TRAINER_STATE:
+            _check_state(path, manifest)
             continue
+        elif name == ZERO_TAG_FILE:
+            _check_tag(path / name)
+            continue
+        else:
+            raise BadInput(f"{path / name}: no file of a checkpoint has such a name")
         expected = {"run_id": manifest["run_id"], "step": manifest["step"], "rank": manifest["files"][name]["rank"]}
         if found != expected:
             raise BadInput(f"{path / name} is not of this checkpoint: it says {found}, the manifest {expected}")
+
+
+def _check_state(path: Path, manifest: dict[str, Any]) -> None:
+    step = read_state(path).get("step")
+    if step != manifest["step"]:
+        raise BadInput(f"{path / TRAINER_STATE} is of step {step}, the manifest of step {manifest['step']}")
+
+
+def _check_tag(path: Path) -> None:
+    if path.read_bytes() != ZERO_TAG.encode():
+        raise BadInput(f"{path}: does not say {ZERO_TAG}, as it does in a checkpoint")
 
 
 def _of_pt(path: Path) -> Any:

@@ -5,6 +5,7 @@ Nothing here reads a file's content beyond the manifest, and nothing imports tor
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,10 @@ FORMAT_VERSION = 2
 MANIFEST = "MANIFEST.json"
 IDENTITY = "triptych"
 """Key of the identity in a `.pt` file, and of its JSON in the header of a `.safetensors` file."""
+TRAINER_STATE = "trainer.json"
+ZERO_FOLDER, ZERO_TAG = "deepspeed", "state"
+"""Where DeepSpeed's files lie, and the name of the folder in it that its own programs look for."""
+ZERO_TAG_FILE = f"{ZERO_FOLDER}/latest"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -59,6 +64,11 @@ def directories(run_dir: Path) -> Iterator[tuple[int, Path]]:
             yield int(match[1]), path
 
 
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with its own SHA-256, so that damage to it shows as damage to the files does."""
+    return manifest | {"sha256": _digest(manifest)}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
@@ -69,6 +79,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format_version"] != FORMAT_VERSION:
             raise BadInput(f"{path / MANIFEST} has format version {manifest['format_version']}, not {FORMAT_VERSION}")
+        if manifest.pop("sha256") != _digest(manifest):
+            raise BadInput(f"{MANIFEST} does not have the SHA-256 that it names itself")
         for key, kind in (("run_id", str), ("step", int), ("world_size", int), ("zero_stage", int), ("files", dict)):
             if not isinstance(manifest[key], kind):
                 raise TypeError(f"{key} is {manifest[key]!r}")
@@ -133,6 +145,10 @@ def entries_below(path: Path) -> dict[str, int | None]:
             about = os.lstat(file)
             found[os.path.relpath(file, path)] = about.st_size if stat.S_ISREG(about.st_mode) else None
     return found
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _inside(name: str) -> bool:

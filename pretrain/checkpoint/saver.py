@@ -25,7 +25,16 @@ from safetensors.torch import save as to_safetensors
 from pretrain.checkpoint import retention
 from pretrain.checkpoint.commit import commit, discard, lack_of_room, temporary_folder, write_hint
 from pretrain.checkpoint.generators import generator_file, generators
-from pretrain.checkpoint.manifest import FORMAT_VERSION, IDENTITY, folder_of
+from pretrain.checkpoint.manifest import (
+    FORMAT_VERSION,
+    IDENTITY,
+    TRAINER_STATE,
+    ZERO_FOLDER,
+    ZERO_TAG,
+    ZERO_TAG_FILE,
+    folder_of,
+    seal,
+)
 from pretrain.checkpoint.snapshot import FrozenFile, HostBuffers
 from pretrain.checkpoint.writer import Bytes, Content, Work, WriterThread, write_files
 
@@ -33,7 +42,6 @@ if TYPE_CHECKING:
     from pretrain.config import CheckpointConfig
     from pretrain.engine import Engine
 
-ZERO_FOLDER, STATE_FILE = "deepspeed", "trainer.json"
 LOG = "checkpoints.jsonl"
 _POLL_SECONDS = 0.02
 
@@ -181,8 +189,8 @@ class Saver:
             to_safetensors(generators(engine.device), {IDENTITY: json.dumps(identity)})
         )
         if engine.is_main:
-            files[STATE_FILE] = Bytes(json.dumps(state, indent=1).encode())
-            files[f"{ZERO_FOLDER}/latest"] = Bytes(b"state")
+            files[TRAINER_STATE] = Bytes(json.dumps(state, indent=1).encode())
+            files[ZERO_TAG_FILE] = Bytes(ZERO_TAG.encode())
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
         return files
@@ -200,7 +208,7 @@ class Saver:
         pending.all_written = True
         pending.num_bytes = sum(entry["bytes"] for entry in entries.values())
         if engine.is_main:
-            manifest = {
+            manifest: dict[str, Any] = {
                 "format_version": FORMAT_VERSION,
                 "run_id": self._run_id,
                 "step": pending.step,
@@ -208,7 +216,7 @@ class Saver:
                 "zero_stage": engine.config.engine.zero_stage,
                 "files": dict(sorted(entries.items())),
             }
-            pending.committing = self._thread.start(lambda count: self._commit(pending.work, manifest))
+            pending.committing = self._thread.start(lambda count: self._commit(pending.work, seal(manifest)))
         return None
 
     def _hear_the_end(self, pending: _Pending) -> tuple[int, str | None]:

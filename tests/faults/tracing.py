@@ -84,6 +84,8 @@ def calls_of(log: Path) -> list[Call]:
             continue
         arguments = match["arguments"]
         descriptor = _DESCRIPTOR.match(arguments)
-        paths = tuple(_PATH.findall(arguments)) or ((descriptor[1],) if descriptor else ())
+        # A write shows its content in quotes, cut to nothing by `-s 0`.
+        named = tuple(path for path in _PATH.findall(arguments) if path)
+        paths = named or ((descriptor[1],) if descriptor else ())
         found.append(Call(float(match["time"]), match["call"], paths, "O_CREAT" in arguments, int(match["result"])))
     return found
