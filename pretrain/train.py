@@ -165,7 +165,7 @@ def build_datasets(config: Any) -> None:
 
 def find_start(run_dir: Path, resume: str, engine: Engine) -> tuple[Path | None, list[Any]]:
     """The checkpoint to start from, agreed on by all ranks, and the invalid ones passed over."""
-    from pretrain.checkpoint.verify import find_latest_together, verify_together
+    from pretrain.checkpoint.verification import find_latest_together, verify_together
 
     if resume == "never":
         return None, []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from data_pipelines.errors import BadInput
 from pretrain.checkpoint.generators import generator_file, restore_generators
 from pretrain.checkpoint.manifest import IDENTITY, TRAINER_STATE, ZERO_FOLDER, ZERO_TAG, ZERO_TAG_FILE, read_manifest
-from pretrain.checkpoint.verify import share
+from pretrain.checkpoint.verification import share
 from pretrain.consolidate import safe_unpickling
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""Started by the tests of this folder: a rank that trains a small model and saves every second step.
+"""Started by the tests of this folder: a rank that trains a small model and saves often.
 
-    saving_rank RUN_DIR CASE     CASE is JSON: {steps, keep_last, on_failure, wait, mutation, steps_between}
+    saving_rank RUN_DIR CASE     CASE is JSON: {steps, every_steps, keep_last, on_failure, mutation}
 
 After its first checkpoint is whole it writes `ready-RANK.json` beside the run directory, with the number of the thread
 that writes checkpoints, and waits there for a file `go`. `mutation` breaks the protocol in one place, to show that the
@@ -32,7 +32,6 @@ from pretrain.model.omni import OmniPretrainer  # noqa: E402
 from pretrain.trainer import Trainer  # noqa: E402
 from tests.pretrain.tiny import batch_of, sample, tiny_config, word_tokenizer  # noqa: E402
 
-FIRST = 2
 GLOBAL_BATCH = 8
 
 
@@ -93,7 +92,7 @@ def main(run_dir: Path, case: dict[str, Any]) -> None:
         str(run_dir),
         train={"max_steps": case.get("steps", 12), "warmup_steps": 2},
         checkpoint={
-            "every_steps": 2,
+            "every_steps": case.get("every_steps", 2),
             "keep_last": case.get("keep_last", 1),
             "on_failure": case.get("on_failure", "continue"),
         },
@@ -101,9 +100,7 @@ def main(run_dir: Path, case: dict[str, Any]) -> None:
     engine = Engine(config)
     engine.prepare(OmniPretrainer.build(config, word_tokenizer()))
     run_dir.mkdir(parents=True, exist_ok=True)
-    callbacks: list[Callback] = [MetricsFile(run_dir / "metrics.jsonl"), Slowly()]
-    if case.get("wait", True):
-        callbacks.append(ReadyAndWait(run_dir, engine.rank))
+    callbacks = [MetricsFile(run_dir / "metrics.jsonl"), Slowly(), ReadyAndWait(run_dir, engine.rank)]
     break_protocol(case.get("mutation"))
     trainer = Trainer(config, engine, run_dir, "faults", 1000, callbacks, lambda step: {})
     try:

@@ -118,6 +118,24 @@ def test_a_disk_that_fills_up_meanwhile_stops_the_run_where_that_is_asked_for(ru
     assert steps[-1] < 40
 
 
+def test_training_goes_on_while_a_slow_disk_takes_its_time(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    case = {"steps": 60, "every_steps": 12}
+    with started_ranks(PROGRAM, [str(run), json.dumps(case)], 1) as (rank,):
+        (thread,) = ready(tmp_path, [rank])
+        with attached(thread, "-e", "inject=fsync:delay_enter=60000:when=1..12"):
+            (tmp_path / "go").touch()
+            said(rank, "checkpoint of step 24")
+            during = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+            rank.process.join(60)
+            assert rank.process.exitcode == 0, rank.err.read_text()[-2000:]
+    log = {entry["step"]: entry for entry in map(json.loads, (run / "checkpoints.jsonl").read_text().splitlines())}
+    assert log[24]["seconds"] > 0.6 and log[24]["reason"] is None
+    assert log[24]["stall_seconds"] < 0.3 * log[24]["seconds"], log[24]
+    assert during[-1] >= 26
+    assert steps_left(run) == [60]
+
+
 def test_an_error_of_another_ranks_disk_is_named_and_the_next_save_works(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started_ranks(PROGRAM, [str(run), json.dumps({"steps": 8})], 2) as ranks:
