@@ -134,6 +134,11 @@ class Saver:
         self._pending = _Pending(step, work, started, writing, time.perf_counter() - started)
         return None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._pending is not None
+
     def told(self) -> float:
         """What this rank adds to the sum that `hear` gets: 1 when its own part of what all wait for is through."""
         pending = self._pending

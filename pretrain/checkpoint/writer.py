@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-_NICENESS = 10
+_NICENESS = 5
 _BLOCK_BYTES = 8 << 20
 
 
