@@ -107,7 +107,15 @@ class CheckpointConfig(Settings):
     """When to save and how many to keep. Every run saves at its end too."""
 
     every_steps: PositiveInt = Field(1000, description="Steps between two checkpoints.")
-    keep_last: PositiveInt = Field(2, description="Checkpoints that stay.")
+    keep_last: PositiveInt = Field(2, description="Newest checkpoints that stay.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints of steps that are multiples of this stay for ever; null keeps none."
+    )
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue",
+        description="When one cannot be written (a full disk): `continue` trains on and tries again at the next, "
+        "`stop` ends the run with status 1. The last one of a run must succeed.",
+    )
 
 
 class EvalConfig(Settings):

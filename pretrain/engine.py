@@ -13,7 +13,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -203,14 +203,22 @@ class Engine:
         dist.all_gather_object(out, value)
         return out
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's files of this rank below `folder` (all ranks call it)."""
+    def save(self, folder: Path, take: Callable[[Path, dict[str, Any]], None]) -> None:
+        """Hand over what DeepSpeed saves of this rank (all ranks call it); nothing is written.
+
+        Args:
+            folder: where the files are to lie.
+            take: gets each file's path below `folder` and its content, which lives on and changes with the next step.
+        """
+        from pretrain.checkpoint.manifest import ZERO_TAG
+        from pretrain.checkpoint.zero_files import ZeroFiles
+
+        self.module.checkpoint_engine = ZeroFiles(take)
+        # It would leave scripts to convert the checkpoint with; nothing in ours is a program.
+        self.module._copy_recovery_script = lambda path: None
         # `universal_checkpoint_info` lets DeepSpeed's converter change the world size later.
-        self.module.save_checkpoint(str(folder), tag="state", client_state={"universal_checkpoint_info": {}})
-        if self.is_main:
-            # DeepSpeed leaves scripts to convert the checkpoint with; nothing in ours is a program.
-            for script in folder.glob("*.py"):
-                script.unlink()
+        client_state: dict[str, Any] = {"universal_checkpoint_info": {}}
+        self.module.save_checkpoint(str(folder), tag=ZERO_TAG, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, weights-only (all ranks call it)."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from data_pipelines.atomic import atomic_file
 from data_pipelines.errors import BadInput
+from pretrain import checkpoint
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
 
 _PR_SET_PDEATHSIG = 1
@@ -55,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(LET_RANK_0_SPEAK_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except checkpoint.SaveFailed as error:
+        if not global_rank():
+            print(f"error: {error}", file=sys.stderr)
+        return FAULT
     except KeyboardInterrupt:
         return 130
     except Exception:
@@ -86,7 +91,6 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
 
     from data_pipelines import open_dataset
     from data_pipelines.loader import build_loader
-    from pretrain import checkpoint
     from pretrain.callbacks.evaluation import Evaluation
     from pretrain.callbacks.logs import Console, MetricsFile, TensorBoard
     from pretrain.heartbeat import Pulse
@@ -161,19 +165,19 @@ def build_datasets(config: Any) -> None:
 
 def find_start(run_dir: Path, resume: str, engine: Engine) -> tuple[Path | None, list[Any]]:
     """The checkpoint to start from, agreed on by all ranks, and the invalid ones passed over."""
-    from pretrain import checkpoint
+    from pretrain.checkpoint.verification import find_latest_together, verify_together
 
-    answer: tuple[Path | None, list[Any], str | None] = (None, [], None)
-    if engine.is_main and resume == "auto":
-        found, passed = checkpoint.find_latest(run_dir)
-        answer = (found.path if found else None, passed, None)
-    elif engine.is_main and resume != "never":
-        reason = checkpoint.verify(Path(resume)) if Path(resume).is_dir() else "there is no such directory"
-        answer = (Path(resume), [], f"--resume {resume}: {reason}" if reason else None)
-    start, passed, problem = engine.gather_objects(answer)[0]
-    if problem:
-        raise BadInput(problem)
-    return start, passed
+    if resume == "never":
+        return None, []
+    if resume == "auto":
+        found, passed = find_latest_together(engine, run_dir)
+        return (found.path if found else None), passed
+    path = Path(resume)
+    there = engine.gather_objects(path.is_dir())[0]
+    reason = verify_together(engine, path) if there else "there is no such directory"
+    if reason:
+        raise BadInput(f"--resume {resume}: {reason}")
+    return path, []
 
 
 def write_run_files(run_dir: Path, config_text: str, engine: Engine, step: int) -> str:

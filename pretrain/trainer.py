@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
@@ -53,6 +54,8 @@ class Told:
     tokens: float
     stop: float
     """1 from a rank that was asked to stop."""
+    saved: float
+    """1 from a rank that has done its part of the checkpoint that is being written."""
 
 
 class Trainer:
@@ -80,6 +83,7 @@ class Trainer:
         self.remote_wait_seconds = remote_wait_seconds
         self.pulse = pulse or Pulse(engine.rank)
         self.watch = Watch(config.watch)
+        self.saver = checkpoint.Saver(engine, run_dir, run_id, config.checkpoint, self._alive_in_checkpoint)
         self.step = 0
         """Optimizer steps done, skipped ones among them."""
         self._stop_wanted = False
@@ -93,6 +97,7 @@ class Trainer:
 
         Raises:
             LimitPassed: the numbers went wrong for too long; the last checkpoint is older than that.
+            SaveFailed: a checkpoint could not be written, and it was the last one or `checkpoint.on_failure` says stop.
         """
         self._catch_signals()
         for callback in self.callbacks:
@@ -104,11 +109,11 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_step(self, record)
             if self.watch.verdict.action == "stop":
+                self._finish_saving()
                 raise LimitPassed(f"step {self.step}: {self.watch.verdict.reason}")
             done = self.step == self.config.train.max_steps
             if done or stopped or self.step % self.config.checkpoint.every_steps == 0:
-                self.pulse.beat("checkpoint", self.step)
-                self._save()
+                self._save(last=done or stopped)
             if not stopped:
                 for callback in self.callbacks:
                     callback.after_step(self, record)
@@ -128,7 +133,8 @@ class Trainer:
         local = [float(sum(plan.counts[name] for plan in plans)) for name in _LOCAL_COUNTS]
         tokens = float(sum(plan.num_tokens for plan in plans))
         stop = self._stop_wanted or self._deadline.passed()
-        all_ranks = self._tell(Told(*local, tokens=tokens, stop=float(stop)))
+        all_ranks = self._tell(Told(*local, tokens=tokens, stop=float(stop), saved=self.saver.told()))
+        self._settle(self.saver.hear(all_ranks.saved))
         counts = {name: int(getattr(all_ranks, name)) for name in _LOCAL_COUNTS}
 
         rate = learning_rate(self.step, self.config.train)
@@ -204,7 +210,8 @@ class Trainer:
             ]
         return CachedAlignment(found, self.config)
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
+        self._finish_saving()
         state = {
             "step": self.step,
             "samples_consumed": self.step * self.config.data.global_batch,
@@ -212,10 +219,30 @@ class Trainer:
             "watch": self.watch.state(),
             "config": self.config.model_dump(mode="json"),
         }
-        keep = self.config.checkpoint.keep_last
-        path = checkpoint.save(self.engine, self.run_dir, self.step, state, self.run_id, keep)
-        for callback in self.callbacks:
-            callback.on_checkpoint(self, path)
+        self._settle(self.saver.begin(self.step, state), last)
+        if last:
+            self._finish_saving(last)
+
+    def _finish_saving(self, last: bool = False) -> None:
+        """Wait until the checkpoint that is being written, if any, is whole."""
+        self._alive_in_checkpoint()
+        self._settle(self.saver.wait(), last)
+
+    def _settle(self, saved: checkpoint.Saved | None, last: bool = False) -> None:
+        if saved is None:
+            return
+        if saved.reason is None:
+            for callback in self.callbacks:
+                callback.on_checkpoint(self, checkpoint.folder_of(self.run_dir, saved.step))
+            return
+        problem = f"no checkpoint of step {saved.step}: {saved.reason}"
+        if last or self.config.checkpoint.on_failure == "stop":
+            raise checkpoint.SaveFailed(problem)
+        if self.engine.is_main:
+            print(f"{problem}; training goes on, the next one is due as planned", file=sys.stderr, flush=True)
+
+    def _alive_in_checkpoint(self) -> None:
+        self.pulse.beat("checkpoint", self.step)
 
     def _catch_signals(self) -> None:
         def ask_to_stop(signum: int, frame: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from pretrain.callbacks import Callback, StepRecord
 if TYPE_CHECKING:
     from pretrain.trainer import Trainer
 
+_BUFFER_BYTES = 1 << 20
 _CHARTS = {
     "loss/total": "loss",
     "loss/text": "loss_text",
@@ -45,11 +48,18 @@ class MetricsFile(Callback):
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= trainer.step]
             with atomic_file(self._path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
-        self._file = self._path.open("a", buffering=1)
+        self._file = self._path.open("ab", buffering=_BUFFER_BYTES)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(asdict(record)) + "\n")
+        if self._file is None:
+            return
+        self._file.write((json.dumps(asdict(record)) + "\n").encode())
+        try:
+            self._file.flush()
+        except OSError as error:
+            # A full disk need not end the run: what is not written stays in the buffer for the next step.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def on_end(self, trainer: Trainer) -> None:
         if self._file is not None:
@@ -75,11 +85,20 @@ class TensorBoard(Callback):
         for chart, field in _CHARTS.items():
             value = getattr(record, field)
             if value is not None:
-                self._writer.add_scalar(chart, value, record.step)
+                self._try(lambda chart=chart, value=value: self._writer.add_scalar(chart, value, record.step))
 
     def on_end(self, trainer: Trainer) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._try(lambda: self._writer.close())
+
+    def _try(self, what: Callable[[], Any]) -> None:
+        if self._writer is None:
+            return
+        try:
+            what()
+        except OSError as error:
+            # Its thread is gone, and charts are not worth a run; metrics.jsonl has the same numbers.
+            print(f"{self._folder}: {error.strerror}; no more charts until the next start", file=sys.stderr, flush=True)
+            self._writer = None
 
 
 class Console(Callback):
