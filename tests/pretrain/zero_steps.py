@@ -1,23 +1,21 @@
 """Started by test_zero.py on N ranks: train a few steps under several engines and print the losses as JSON on rank 0.
 
 Samples are dealt in several ways: `even` deals full and text-only samples to all ranks, `apart` gives rank 0 all full
-ones and rank 1 none, and `alternate` swaps the two ranks every step. `poison` [rank, steps] does `how` (one of POISONS)
-to the caption loss of that rank's share of the batches that are those steps' where none is passed over.
+ones and rank 1 none, and `alternate` swaps the two ranks every step. `poison` [rank, steps] makes the caption loss of
+that rank's share NaN in those steps; `poisons` [[rank, step, how]...] does as `poison.py` says. A step stands for its
+batch here.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from pretrain.engine import prepare_environment
 
@@ -29,6 +27,7 @@ from pretrain.callbacks.logs import Console, MetricsFile  # noqa: E402
 from pretrain.engine import Engine  # noqa: E402
 from pretrain.model.omni import OmniPretrainer  # noqa: E402
 from pretrain.trainer import LimitPassed, Trainer  # noqa: E402
+from tests.pretrain.poison import POISONS  # noqa: E402
 from tests.pretrain.tiny import batch_of, sample, tiny_config, word_tokenizer  # noqa: E402
 
 GLOBAL_BATCH = 8
@@ -36,7 +35,8 @@ GLOBAL_BATCH = 8
 
 def batches(case: dict[str, Any], rank: int, world_size: int, numbers: range) -> Iterator[dict[str, Any]]:
     share = GLOBAL_BATCH // world_size
-    poison, how = case.get("poison", (0, [])), case.get("how", "loss")
+    poison = case.get("poison", (0, []))
+    poisons = [*case.get("poisons", []), *([poison[0], step, "loss"] for step in poison[1])]
     for step in numbers:
         full = [2 * i for i in range(GLOBAL_BATCH // 2)]
         bare = [i + 1 for i in full]
@@ -48,20 +48,13 @@ def batches(case: dict[str, Any], rank: int, world_size: int, numbers: range) ->
         mine = order[case["dealing"]][rank * share : (rank + 1) * share]
         base = step * GLOBAL_BATCH % case.get("samples", 1000)
         batch = batch_of([sample(base + i, image=i % 2 == 0, audio=i % 2 == 0) for i in mine])
-        yield {**batch, "step": step, "poisoned": rank == poison[0] and step + 1 in poison[1], "how": how}
+        yield {**batch, "step": step, "poisons": [how for *where, how in poisons if where == [rank, step + 1]]}
 
 
 def poisoned(model: OmniPretrainer, arguments: Any, output: Any) -> Any:
-    batch = arguments[0]
-    return replace(output, text=POISONS[batch["how"]](output.text)) if batch["poisoned"] else output
-
-
-POISONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "loss": lambda x: x * math.nan,
-    # The same value, and a gradient that is not a number.
-    "gradient": lambda x: x + (x - x.detach()).sqrt() * 0.0,
-    "spike": lambda x: x * 1000.0,
-}
+    for how in arguments[0]["poisons"]:
+        output = replace(output, text=POISONS[how](output.text))
+    return output
 
 
 class Losses(Callback):
