@@ -100,7 +100,7 @@ def share_of(
     """
     with _without_trace(trainer.engine.device):
         sums = dict.fromkeys(_PARTS, 0.0)
-        counts = dict.fromkeys(_PARTS, 0)
+        own = dict.fromkeys(_PARTS, 0)
         finite = True
         with torch.no_grad():
             for micro, plan in zip(micro_batches, plans, strict=True):
@@ -108,8 +108,8 @@ def share_of(
                 finite = finite and all(bool(x.isfinite().all()) for x in output.embeddings.vectors.values())
                 for name in _PARTS:
                     sums[name] += float(getattr(output, name))
-                    counts[name] += plan.counts[name]
-        loss = sum(getattr(trainer.config.losses, name) * sums[name] / counts[name] for name in _PARTS if counts[name])
+                    own[name] += plan.counts[name]
+        loss = sum(getattr(trainer.config.losses, name) * sums[name] / own[name] for name in _PARTS if own[name])
         finite = finite and all(map(math.isfinite, sums.values()))
         if trainer.watch.verdict.kind == "gradient_not_finite":
             finite = _own_gradient_is_finite(trainer, micro_batches, plans, counts) and finite
@@ -145,7 +145,7 @@ def decided(incident: Incident, action: str, more: str) -> Incident:
 
 def _blame(shares: list[Share]) -> str:
     bad = [str(share.rank) for share in shares if not share.finite]
-    if not bad or len(bad) == len(shares) > 1:
+    if not bad or len(bad) == len(shares):
         return ""
     return f", from the samples of rank{'s' * (len(bad) > 1)} {', '.join(bad)}"
 
