@@ -236,7 +236,7 @@ def _summary_tables(run: Path, found: dict[str, Any]) -> list[RenderableType]:
     steps = f"{found['steps']:,}: {found['trained']:,} trained, {found['skipped']:,} skipped"
     rows = [
         ("run", str(run)),
-        ("steps", f"{steps}, {found['undone']:,} more undone"),
+        ("steps", f"{steps}; tries undone: {found['undone']:,}"),
         ("samples", f"{found['samples']:,}; batches passed over: {found['passed_over']:,}"),
     ]
     rows += [

@@ -119,7 +119,7 @@ class DataPlans:
 
     def locate(self, stretch: int, picked: Picked) -> list[Consumed]:
         """The samples themselves, from the datasets' indexes, in their order."""
-        datasets = self.datasets(stretch)
+        datasets = self.datasets(stretch) if len(picked.sample) else []
         found: list[Consumed] = []
         for source, sample, epoch in zip(
             picked.source.tolist(), picked.sample.tolist(), picked.epoch.tolist(), strict=True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,9 +82,13 @@ class Incident:
         return f"{where}: {self.reason}; {done[self.action]}; samples in {run_dir / self.file_name}"
 
     def write(self, run_dir: Path) -> None:
-        """Write the file."""
-        with atomic_file(run_dir / self.file_name) as file:
-            file.write((json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        """Write the file. A disk that does not take it is no reason to end the run."""
+        path = run_dir / self.file_name
+        try:
+            with atomic_file(path) as file:
+                file.write((json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        except OSError as error:
+            print(f"{path}: could not be written ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def share_of(

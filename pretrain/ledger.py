@@ -11,6 +11,7 @@ Numpy alone: reading a ledger needs neither torch nor the data.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -45,6 +46,8 @@ RECORD = np.dtype(
 )
 """One batch of one step; `seal` tells a whole record from a torn one."""
 
+# Records whose seals are looked at together.
+_AT_ONCE = 1 << 18
 _OPENING = ("kind", "step", "batch", "time")
 
 IntArray = npt.NDArray[np.int64]
@@ -89,14 +92,47 @@ def _seals(records: Records) -> npt.NDArray[np.uint16]:
     return (mixed >> np.uint64(48)).astype(np.uint16)
 
 
+class _Appended:
+    """A file that is only appended to, in one write a line, without a buffer: what a killed process wrote is there.
+
+    A full disk does not end a run: what could not be written is kept, and written before whatever comes next.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._pending = b""
+
+    def write(self, data: bytes) -> None:
+        self._pending += data
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
+    def flush(self) -> bool:
+        """Put everything on the disk; whether there was room for it."""
+        self.write(b"")
+        os.fsync(self._descriptor)
+        return not self._pending
+
+    def close(self) -> None:
+        self.flush()
+        os.close(self._descriptor)
+
+
 class LedgerWriter:
-    """Appends to the ledger of a run directory. One process at a time writes: rank 0 of the run."""
+    """Appends to the ledger of a run directory. One process at a time writes: rank 0 of the run.
+
+    Raises:
+        BadInput: what is there is not a ledger of this version.
+    """
 
     def __init__(self, run_dir: Path) -> None:
-        folder = run_dir / FOLDER
+        self._folder = folder = run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        self._steps = _open_to_append(folder / STEPS)
-        self._events = _open_to_append(folder / EVENTS)
+        self._steps, self._events = _Appended(folder / STEPS), _Appended(folder / EVENTS)
         fsync_folder(folder)
         fsync_folder(run_dir)
         _drop_torn_end(folder)
@@ -105,7 +141,7 @@ class LedgerWriter:
     def begin(self, kind: str, step: int, batch: int, **facts: Any) -> None:
         """Open a stretch that goes on from `step` and from `batch`: a `start` of the run, or a `roll_back` in it.
 
-        It is on the disk when this returns, as is all before it.
+        It is on the disk when this returns, as is all before it, if there is room.
         """
         self.stretch += 1
         self.tell(kind, step=step, batch=batch, **facts)
@@ -114,24 +150,23 @@ class LedgerWriter:
     def tell(self, kind: str, **facts: Any) -> None:
         """A line about a decision."""
         line = {"kind": kind, "stretch": self.stretch, "time": time.time(), **facts}
-        _write(self._events, (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+        self._events.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
     def add(self, step: int, batch: int, checksum: int, outcome: Outcome) -> None:
         """Step `step` consumed, or passed over, this batch."""
         record = np.array([(step, self.stretch, batch, checksum, outcome, 0)], dtype=RECORD)
         record["seal"] = _seals(record)
-        _write(self._steps, record.tobytes())
+        self._steps.write(record.tobytes())
 
-    def flush(self) -> None:
-        """Put everything written so far on the disk, so that a checkpoint may rely on it."""
-        os.fsync(self._steps)
-        os.fsync(self._events)
+    def flush(self) -> bool:
+        """Put everything written so far on the disk, so that a checkpoint may rely on it; whether there was room."""
+        # Both, whatever the first one says; records last, whose stretch the events open.
+        return all([self._events.flush(), self._steps.flush()])
 
     def close(self) -> None:
         """Flush and close."""
-        self.flush()
-        os.close(self._steps)
-        os.close(self._events)
+        self._events.close()
+        self._steps.close()
 
 
 @dataclass(frozen=True)
@@ -225,16 +260,6 @@ class Ledger:
         return [each for each in self.stretches if each.number <= number and each.kind == "start"][-1]
 
 
-def _open_to_append(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    # In one piece and without a buffer of ours: what a killed process wrote is there.
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
 def _drop_torn_end(folder: Path) -> None:
     """Cut off what a crash left half-written at the end of either file."""
     path = folder / STEPS
@@ -252,8 +277,11 @@ def _raw_records(path: Path) -> Records:
 
 
 def _whole(records: Records) -> npt.NDArray[np.bool_]:
-    whole: npt.NDArray[np.bool_] = (records["seal"] == _seals(records)) & (records["stretch"] > 0)
-    return whole
+    whole = records["stretch"] > 0
+    for first in range(0, len(records), _AT_ONCE):
+        part = records[first : first + _AT_ONCE]
+        whole[first : first + _AT_ONCE] &= part["seal"] == _seals(part)
+    return np.asarray(whole)
 
 
 def _records(path: Path) -> tuple[Records, int]:

@@ -113,8 +113,8 @@ class Watch:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; one that an older version wrote knows of no spikes."""
-        self._non_finite = int(state["non_finite"])
+        """Go on from `state`; what an older version did not write is as at the beginning."""
+        self._non_finite = int(state.get("non_finite", 0))
         self._spikes = int(state.get("spikes", 0))
         self.roll_backs = int(state.get("roll_backs", 0))
         self._losses.resume(state.get("losses", ()))

@@ -56,6 +56,11 @@ class LedgerKeeper(Callback):
         if self._writer is not None:
             self._writer.flush()
 
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        # Again, for what a full disk did not take before.
+        if self._writer is not None:
+            self._writer.flush()
+
     def on_end(self, trainer: Trainer) -> None:
         if self._writer is not None:
             self._writer.close()

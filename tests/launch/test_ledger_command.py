@@ -59,7 +59,7 @@ def test_the_summary(played: Run) -> None:
     assert sum(source["position"] for source in found["sources"]) == 80
     assert found["sources"][0]["epochs"] == found["sources"][0]["position"] / 37
     text = ask(played).stdout
-    for words in ("10: 9 trained, 1 skipped, 2 more undone", "80; batches passed over: 0", "the loss is nan", "skip"):
+    for words in ("10: 9 trained, 1 skipped; tries undone: 2", "80; batches passed over: 0", "the loss is nan", "skip"):
         assert words in text, text
 
 

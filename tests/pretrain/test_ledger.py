@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -204,6 +207,28 @@ def test_a_torn_end_costs_what_is_torn(tmp_path_factory: pytest.TempPathFactory,
     writer.add(whole + 1, whole, 7, Outcome.TRAINED)
     assert [step for step, *_ in effective(run_dir)] == list(range(1, whole + 2))
     assert Ledger.read(run_dir).damaged == 0 and writer.stretch == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_full_disk_loses_nothing_once_there_is_room_again(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=True, timeout=20)
+    try:
+        writer = LedgerWriter(tmp_path)
+        writer.begin("start", 0, 0, world_size=1, data={})
+        filling = tmp_path / "filling"
+        with contextlib.suppress(OSError):
+            filling.write_bytes(bytes(1 << 17))
+        # More than what is left of the files' last pages.
+        for step in range(1, 401):
+            writer.add(step, step - 1, 7, Outcome.TRAINED)
+        assert not writer.flush() and len(effective(tmp_path)) < 400
+        filling.unlink()
+        assert writer.flush()
+        writer.close()
+        assert [step for step, *_ in effective(tmp_path)] == list(range(1, 401))
+        assert Ledger.read(tmp_path).damaged == 0
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True, timeout=20)
 
 
 def test_damage_in_the_middle_is_counted_and_shows(home: Path, tmp_path: Path) -> None:

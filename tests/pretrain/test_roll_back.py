@@ -7,15 +7,18 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from launch.cli import app
 from pretrain.ledger import Ledger, Outcome
 from tests.pretrain.test_train import ALONE, LAUNCH, config_file, finish, kill_tree, metrics, wait_for_step
 from tests.ranks import run_ranks
-from tests.small_run import ROOT, small_dataset, triptych
+from tests.small_run import ROOT, small_dataset
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -114,9 +117,16 @@ def poisoned_config(home: Path, name: str, **changes: dict[str, Any]) -> Path:
     return config_file(home, name, train={"max_steps": STEPS}, watch=WATCH, **changes)
 
 
+def wait_for_incident(run: Path, kind: str, process: subprocess.Popen[str], timeout: float = 150) -> None:
+    end = time.monotonic() + timeout
+    while not list(run.glob(f"incident-*-{kind}-*.json")):
+        assert time.monotonic() < end and process.poll() is None, f"no {kind}"
+        time.sleep(0.02)
+
+
 def ask(run: Path, *options: str) -> Any:
-    done = triptych("ledger", str(run), *options, "--json")
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["ledger", str(run), *options, "--json"])
+    assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
 
@@ -139,8 +149,11 @@ def test_killed_and_rolled_back_a_run_is_the_undisturbed_one_and_its_ledger_exac
     for kill in range(kills):
         process = start(LAUNCH, str(config))
         try:
-            # The first time after the roll-back, and before a checkpoint knows of it.
-            wait_for_step(run, 10 if kill == 0 else random.randint(3, STEPS - 3), process)
+            if kill:
+                wait_for_step(run, random.randint(3, STEPS - 3), process)
+            else:
+                # Right after the roll-back, before a checkpoint knows of it.
+                wait_for_incident(run, "loss_spike", process)
         finally:
             kill_tree(process)
             process.communicate(timeout=30)
