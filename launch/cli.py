@@ -81,6 +81,30 @@ def checkpoints(run: Annotated[Path, typer.Argument(help="Run directory.")], jso
     checkpoints_command(run, json)
 
 
+@app.command(epilog="example: triptych ledger runs/demo/run --step 100")
+@exits_cleanly
+def ledger(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    step: Annotated[int | None, typer.Option(min=1, help="List the samples of this step, and where they lie.")] = None,
+    repeated: Annotated[bool, typer.Option("--repeated", help="List samples consumed twice within an epoch.")] = False,
+    unseen: Annotated[bool, typer.Option("--unseen", help="List samples that were due and never consumed.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare what the ranks consumed in every step with the plan.")
+    ] = False,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="DATASET", help="Where a dataset lies now. May be repeated.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what a run consumed, over all its restarts; without options, sum it up.
+
+    Exit status: 0, or 1 when it was not what the plan says, each sample once an epoch.
+    """
+    from launch.ledger_command import ledger_command
+
+    raise typer.Exit(ledger_command(run, step, repeated, unseen, verify, data or (), json))
+
+
 app.command("eval")(exits_cleanly(eval_command))
 app.command("export")(exits_cleanly(export_command))
 app.command("verify")(exits_cleanly(verify_command))

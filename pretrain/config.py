@@ -142,7 +142,27 @@ class LoggingConfig(Settings):
 class WatchConfig(Settings):
     """Numbers that go wrong: a loss or gradient that is not finite is never let into the weights."""
 
-    max_non_finite: PositiveInt = Field(10, description="Steps in a row that are skipped for it; then the run stops.")
+    max_non_finite: PositiveInt = Field(
+        10, description="Steps in a row that are skipped for a loss or gradient that is not finite; then the run stops."
+    )
+    policy: Literal["log", "skip", "roll_back"] = Field(
+        "log",
+        description="A spike of the loss or of the gradient's norm: log trains the step and says so; skip does not let "
+        "it into the weights; roll_back goes back to the last checkpoint and passes over the guilty batches.",
+    )
+    window: int = Field(
+        128, ge=4, description="Trained steps that a spike is measured against; half of them must be there first."
+    )
+    threshold: float = Field(
+        10.0, gt=0, description="A spike lies this many robust deviations (1.4826 MAD) above their median."
+    )
+    pass_over_around: int = Field(
+        1, ge=0, description="roll_back: batches passed over on each side of the spike's; its cause may lie before."
+    )
+    max_spikes: PositiveInt = Field(
+        10, description="Steps in a row that are refused as spikes; then the run stops: they are no spikes any more."
+    )
+    max_roll_backs: int = Field(10, ge=0, description="Roll-backs of the whole run; at the next one it stops.")
 
 
 class SupervisorConfig(Settings):

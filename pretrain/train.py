@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.atomic import atomic_file
-from data_pipelines.errors import BadInput
+from data_pipelines.errors import BadInput, printable
 from pretrain import checkpoint
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
+from pretrain.watch import LimitPassed
 
 _PR_SET_PDEATHSIG = 1
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -52,19 +53,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE if train(options.config, options.set, options.resume, options.allow_change) else STOPPED
     except BadInput as error:
         if global_rank() and not isinstance(error, SeenByOneRank):
-            # Rank 0 says it for all, and the launcher would end it as soon as another rank is gone.
-            time.sleep(LET_RANK_0_SPEAK_SECONDS)
+            let_rank_0_speak()
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except checkpoint.SaveFailed as error:
-        if not global_rank():
-            print(f"error: {error}", file=sys.stderr)
+    except (checkpoint.SaveFailed, LimitPassed) as error:
+        # All ranks came to it in the same step.
+        if global_rank():
+            let_rank_0_speak()
+        else:
+            print(f"stopped: {printable(str(error))}", file=sys.stderr)
         return FAULT
     except KeyboardInterrupt:
         return 130
     except Exception:
         print(f"rank {global_rank()}:\n{traceback.format_exc()}", file=sys.stderr)
         return FAULT
+
+
+def let_rank_0_speak() -> None:
+    """Wait while rank 0 says it for all: the launcher ends it as soon as another rank is gone, and us when it is."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(LET_RANK_0_SPEAK_SECONDS)
 
 
 def stop_with_launcher() -> None:
@@ -92,7 +101,9 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
     from data_pipelines import open_dataset
     from data_pipelines.loader import build_loader
     from pretrain.callbacks.evaluation import Evaluation
+    from pretrain.callbacks.ledger import LedgerKeeper
     from pretrain.callbacks.logs import Console, MetricsFile, TensorBoard
+    from pretrain.consumption import data_facts
     from pretrain.heartbeat import Pulse
     from pretrain.model.omni import OmniPretrainer
     from pretrain.trainer import Trainer, different_setting
@@ -120,7 +131,10 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
         run_id = write_run_files(run_dir, dump_config(config), engine, step) if engine.is_main else ""
         run_id = engine.gather_objects(run_id)[0]
 
-        callbacks: list[Any] = [MetricsFile(run_dir / "metrics.jsonl"), Console(config.logging.every_steps)]
+        batch = int(old.get("batch", step))
+        consumption = data_facts(loader.datasets, loader.state(batch), config.data.num_streams)
+        callbacks: list[Any] = [LedgerKeeper(run_dir, consumption), MetricsFile(run_dir / "metrics.jsonl")]
+        callbacks.append(Console(config.logging.every_steps))
         if config.logging.tensorboard:
             callbacks.append(TensorBoard(run_dir / "tensorboard"))
         if config.data.eval is not None:
@@ -140,10 +154,12 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
         trainer.step = step
         if start is not None:
             trainer.watch.resume(old["watch"])
+            trainer.cursor.resume(old)
+            trainer.committed.append(start)
         if engine.is_main and start is not None:
             print(f"resuming from {start} at step {step}", file=sys.stderr)
         try:
-            return trainer.run(iter(loader))
+            return trainer.run(loader.batches)
         except BadInput as error:
             raise SeenByOneRank(f"rank {engine.rank}: {error}") from None
     finally:

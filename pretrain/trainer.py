@@ -14,7 +14,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,20 @@ from data_pipelines.config import Settings
 from pretrain import checkpoint
 from pretrain.callbacks import Callback, StepRecord
 from pretrain.config import Config
+from pretrain.cursor import Cursor
 from pretrain.deadline import Deadline
 from pretrain.engine import Engine
 from pretrain.heartbeat import Pulse
+from pretrain.incident import Share, decided, describe, share_of
+from pretrain.ledger import CHECKSUM_MODULUS, id_checksums
 from pretrain.model.omni import Plan
 from pretrain.objectives import joint
 from pretrain.objectives.align import Embeddings, align_loss
+from pretrain.roll_back import roll_back
 from pretrain.schedule import learning_rate
-from pretrain.watch import Watch
+from pretrain.watch import LimitPassed, Watch
 
 _LOCAL_COUNTS = ("text", "image", "audio")
-
-
-class LimitPassed(RuntimeError):
-    """The run stopped itself, for a reason that all ranks saw in the same step."""
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Told:
     """1 from a rank that was asked to stop."""
     saved: float
     """1 from a rank that has done its part of the checkpoint that is being written."""
+    consumed: float
+    """Checksum of the ids of the samples at hand; a whole number below 2**32."""
 
 
 class Trainer:
@@ -86,11 +88,21 @@ class Trainer:
         self.saver = checkpoint.Saver(engine, run_dir, run_id, config.checkpoint, self._alive_in_checkpoint)
         self.step = 0
         """Optimizer steps done, skipped ones among them."""
+        self.cursor = Cursor()
+        """Where the run is in the data."""
+        self.consumed = 0
+        """Checksum of the sample ids that all ranks together had in the last step (`ledger.id_checksums`)."""
+        self.committed: list[Path] = []
+        """Checkpoints that this run may go back to, oldest first."""
+        self._suspect: Share | None = None
         self._stop_wanted = False
         self._deadline = Deadline(config.run.stop_before)
 
-    def run(self, batches: Iterator[dict[str, Any]]) -> bool:
+    def run(self, batches: Callable[[range], Iterator[dict[str, Any]]]) -> bool:
         """Train to the last step, or until a signal asks to stop.
+
+        Args:
+            batches: gives this rank's share of the global batches with these numbers, in order.
 
         Returns:
             True when all steps are done, false when stopped on purpose with a checkpoint saved.
@@ -104,13 +116,15 @@ class Trainer:
             callback.on_start(self)
         self.engine.module.train()
         stopped = False
+        coming = self._coming(batches)
         while self.step < self.config.train.max_steps and not stopped:
-            record, stopped = self._one_step(batches)
+            record, stopped = self._one_step(coming)
             for callback in self.callbacks:
                 callback.on_step(self, record)
-            if self.watch.verdict.action == "stop":
-                self._finish_saving()
-                raise LimitPassed(f"step {self.step}: {self.watch.verdict.reason}")
+            if self._went_back(record):
+                coming.close()
+                coming = self._coming(batches)
+                continue
             done = self.step == self.config.train.max_steps
             if done or stopped or self.step % self.config.checkpoint.every_steps == 0:
                 self._save(last=done or stopped)
@@ -121,6 +135,35 @@ class Trainer:
             callback.on_end(self)
         self.pulse.beat("end", self.step)
         return not stopped
+
+    def _coming(self, batches: Callable[[range], Iterator[dict[str, Any]]]) -> Generator[dict[str, Any], None, None]:
+        for numbers in list(self.cursor.ranges(self.config.train.max_steps - self.step)):
+            yield from batches(numbers)
+
+    def _went_back(self, record: StepRecord) -> bool:
+        """See to a step whose numbers went wrong; whether the run is at an earlier step now.
+
+        Raises:
+            LimitPassed: they went wrong for too long.
+        """
+        if self._suspect is None:
+            return False
+        incident = describe(self, record, self._suspect)
+        self._suspect = None
+        back = roll_back(self, record.batch) if incident.action == "roll_back" else None
+        if incident.action == "roll_back" and back is None:
+            incident = decided(incident, "skip", "; there is no checkpoint to go back to")
+        if self.engine.is_main:
+            incident.write(self.run_dir)
+        for callback in self.callbacks:
+            callback.on_incident(self, incident)
+        if incident.action == "stop":
+            self.finish_saving()
+            raise LimitPassed(f"step {record.step}: {incident.reason}; samples in {self.run_dir / incident.file_name}")
+        if back is not None:
+            for callback in self.callbacks:
+                callback.on_roll_back(self, incident)
+        return back is not None
 
     def _one_step(self, batches: Iterator[dict[str, Any]]) -> tuple[StepRecord, bool]:
         self.pulse.beat("data", self.step + 1)
@@ -133,25 +176,33 @@ class Trainer:
         local = [float(sum(plan.counts[name] for plan in plans)) for name in _LOCAL_COUNTS]
         tokens = float(sum(plan.num_tokens for plan in plans))
         stop = self._stop_wanted or self._deadline.passed()
-        all_ranks = self._tell(Told(*local, tokens=tokens, stop=float(stop), saved=self.saver.told()))
+        consumed = float(id_checksums(batch["index"].numpy()))
+        mine = Told(*local, tokens=tokens, stop=float(stop), saved=self.saver.told(), consumed=consumed)
+        all_ranks = self._tell(mine)
         self._settle(self.saver.hear(all_ranks.saved))
+        self.consumed = int(all_ranks.consumed) % CHECKSUM_MODULUS
         counts = {name: int(getattr(all_ranks, name)) for name in _LOCAL_COUNTS}
 
         rate = learning_rate(self.step, self.config.train)
-        totals, counts, scale = self._backward(micro_batches, plans, counts)
+        totals, counts, scale = self.backward(micro_batches, plans, counts)
         loss, parts = joint.means(totals, counts, self.config.losses)
         self.watch.see_loss(loss)
         self.pulse.beat("optimizer", self.step + 1)
         self.engine.update(rate, self.watch.accepts)
 
+        number, norm, verdict = int(batch["step"]), self.engine.grad_norm(), self.watch.verdict
+        if verdict.kind is not None:
+            self._suspect = share_of(self, batch["keys"], micro_batches, plans, counts)
+
         self.step += 1
+        self.cursor.consume(number)
         seconds = time.perf_counter() - started
         global_batch = self.config.data.global_batch
         record = StepRecord(
             step=self.step,
-            batch=int(batch.get("step", self.step - 1)),
-            epoch=self.step * global_batch / self.samples_an_epoch,
-            samples_seen=self.step * global_batch,
+            batch=number,
+            epoch=self.cursor.batch * global_batch / self.samples_an_epoch,
+            samples_seen=self.cursor.batch * global_batch,
             loss=finite(loss),
             loss_hex=loss.hex(),
             loss_text=finite(parts["text"]),
@@ -159,7 +210,7 @@ class Trainer:
             loss_image=finite(parts["image"]),
             loss_audio=finite(parts["audio"]),
             lr=rate,
-            grad_norm=self.engine.grad_norm(),
+            grad_norm=norm,
             logit_scale=scale,
             samples_per_second=global_batch / seconds,
             tokens_per_second=all_ranks.tokens / seconds,
@@ -167,14 +218,14 @@ class Trainer:
             remote_wait_seconds=remote_wait,
             step_seconds=seconds,
             rss_bytes=psutil.Process().memory_info().rss,
-            skipped=self.watch.verdict.reason,
+            skipped=None if verdict.update else verdict.reason,
         )
         return record, all_ranks.stop > 0
 
     def _tell(self, mine: Told) -> Told:
         return Told(*self.engine.sum(astuple(mine)))
 
-    def _backward(
+    def backward(
         self, micro_batches: list[dict[str, Any]], plans: list[Plan], counts: dict[str, int]
     ) -> tuple[dict[str, float], dict[str, int], float]:
         """Forward and backward of one step -> global loss sums, all counts, logit scale."""
@@ -211,20 +262,23 @@ class Trainer:
         return CachedAlignment(found, self.config)
 
     def _save(self, last: bool) -> None:
-        self._finish_saving()
+        self.finish_saving()
+        for callback in self.callbacks:
+            callback.before_checkpoint(self)
         state = {
             "step": self.step,
-            "samples_consumed": self.step * self.config.data.global_batch,
-            "data": self.data_state(self.step),
+            **self.cursor.state(),
+            "samples_consumed": self.cursor.batch * self.config.data.global_batch,
+            "data": self.data_state(self.cursor.batch),
             "watch": self.watch.state(),
             "config": self.config.model_dump(mode="json"),
         }
         self._settle(self.saver.begin(self.step, state), last)
         if last:
-            self._finish_saving(last)
+            self.finish_saving(last)
 
-    def _finish_saving(self, last: bool = False) -> None:
-        """Wait until the checkpoint that is being written, if any, is whole."""
+    def finish_saving(self, last: bool = False) -> None:
+        """Wait until the checkpoint that is being written, if any, is whole and in `committed`."""
         self._alive_in_checkpoint()
         self._settle(self.saver.wait(), last)
 
@@ -232,8 +286,10 @@ class Trainer:
         if saved is None:
             return
         if saved.reason is None:
+            path = checkpoint.folder_of(self.run_dir, saved.step)
+            self.committed = [each for each in self.committed if each != path] + [path]
             for callback in self.callbacks:
-                callback.on_checkpoint(self, checkpoint.folder_of(self.run_dir, saved.step))
+                callback.on_checkpoint(self, path)
             return
         problem = f"no checkpoint of step {saved.step}: {saved.reason}"
         if last or self.config.checkpoint.on_failure == "stop":
