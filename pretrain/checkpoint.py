@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,14 @@ from safetensors.torch import load_file, save_file
 
 from data_pipelines.atomic import atomic_file, fsync_folder
 from data_pipelines.errors import BadInput
+from pretrain import generators, resume
 from pretrain.engine import Engine
 
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{8})")
+# What torch says of a file, and not of a lost rank or of memory.
+_UNREADABLE = ("PytorchStreamReader", "loading state_dict")
 
 
 @dataclass(frozen=True)
@@ -173,20 +177,39 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(json.loads((path / "trainer.json").read_text()))
 
 
-def load(engine: Engine, path: Path) -> None:
-    """Load a verified checkpoint into the engine; all ranks call it.
+def load(engine: Engine, path: Path, run_dir: Path, alive: Callable[[], None] = lambda: None) -> None:
+    """Load a verified checkpoint into the engine, whatever ranks and ZeRO stage wrote it; all ranks call it.
+
+    With the ranks, stage, precision and offload that wrote it everything comes back bit for bit. Otherwise it goes
+    through `pretrain.universal`, whose form is kept below `run_dir`; a rank that was not there before draws its random
+    generators from (seed, step, rank). `alive` is called now and then while that takes.
 
     Raises:
-        BadInput: it was written by another world size or ZeRO stage.
+        BadInput: it is not of this model, or cannot be read here.
     """
+    from pretrain import universal
+
     manifest = read_manifest(path)
-    for key, ours in (("world_size", engine.world_size), ("zero_stage", engine.config.engine.zero_stage)):
-        if manifest[key] != ours:
-            raise BadInput(
-                f"{path.name} was written with {key} {manifest[key]}, this run has {ours}: resume with the same number"
-            )
-    engine.load(path / "deepspeed")
-    _restore_generators(load_file(path / _generator_file(engine.rank)), engine.device)
+    try:
+        if universal.same_layout(engine, path):
+            engine.load(path / "deepspeed")
+        else:
+            universal.load(engine, path, run_dir, alive)
+    except (KeyError, AssertionError, pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _UNREADABLE):
+            raise
+        raise BadInput(resume.unreadable(path, error)) from error
+    seed = engine.config.run.seed
+    if engine.rank >= manifest["world_size"]:
+        generators.derive(seed, manifest["step"], engine.rank, engine.device)
+        return
+    file = path / _generator_file(engine.rank)
+    if not file.is_file():
+        raise BadInput(f"{path.name}: {file.name}, the random generators of rank {engine.rank}, is missing")
+    state = load_file(file)
+    if engine.device.type == "cuda" and "cuda" not in state:
+        generators.derive_device(seed, manifest["step"], engine.rank, engine.device)
+    _restore_generators(state, engine.device)
 
 
 def _directories(run_dir: Path) -> Iterator[tuple[int, Path]]:
@@ -264,5 +287,5 @@ def _restore_generators(state: dict[str, torch.Tensor], device: torch.device) ->
     keys = state["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, position, has_gauss, float(state["numpy_gauss"])))
     torch.set_rng_state(state["torch"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -60,5 +60,5 @@ class Watch:
         return {"non_finite": self._non_finite}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self._non_finite = int(state["non_finite"])
+        """Go on from `state`; what it lacks is what it was at the start."""
+        self._non_finite = int(state.get("non_finite", 0))

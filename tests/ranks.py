@@ -21,11 +21,14 @@ _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["deepspeed", "pretrain.model.omni", "pretrain.trainer", "data_pipelines.loader"])
 
 
-def run_ranks(module: str, arguments: Sequence[str], world_size: int = 2, timeout: float = 240) -> list[str]:
+def run_ranks(
+    module: str, arguments: Sequence[str], world_size: int = 2, timeout: float = 240, exitcode: int = 0
+) -> list[str]:
     """Run `python -m module arguments` once a rank and return each rank's standard output.
 
     Raises:
-        AssertionError: a rank failed or the time ran out; the message holds the ranks' standard error.
+        AssertionError: a rank did not end with `exitcode` (-9: of SIGKILL), or the time ran out; the message holds its
+            standard error.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -58,7 +61,7 @@ def run_ranks(module: str, arguments: Sequence[str], world_size: int = 2, timeou
                     process.kill()
                     process.join()
         for rank, process in enumerate(ranks):
-            assert process.exitcode == 0, Path(folder, f"{rank}.err").read_text()[-4000:]
+            assert process.exitcode == exitcode, Path(folder, f"{rank}.err").read_text()[-4000:]
         return [Path(folder, f"{rank}.out").read_text() for rank in range(world_size)]
 
 
