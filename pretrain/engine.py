@@ -26,8 +26,8 @@ from data_pipelines.errors import BadInput
 from pretrain.config import Config
 from pretrain.model.backbones import family
 from pretrain.norm_gate import Judge, NormGate
-from pretrain.zero_files import client_state
 from pretrain.zero_partitions import Read, fill
+from pretrain.zero_reader import names_entry
 
 _NO_DECAY = ("norm", "logit_scale", "logit_bias", "per_dim_scale", "position_embedding_table", ".token")
 
@@ -212,7 +212,7 @@ class Engine:
         """Write DeepSpeed's files of this rank below `folder` (all ranks call it)."""
         # `universal_checkpoint_info` keeps the files readable for DeepSpeed's own converter.
         self.module.save_checkpoint(
-            str(folder), tag="state", client_state={"universal_checkpoint_info": {}, **client_state(self._names)}
+            str(folder), tag="state", client_state={"universal_checkpoint_info": {}, **names_entry(self._names)}
         )
         if self.is_main:
             # DeepSpeed leaves scripts to convert the checkpoint with; nothing in ours is a program.

@@ -1,6 +1,6 @@
 """Going on with another number of ranks or another ZeRO stage: a checkpoint in a form that knows neither.
 
-Before such a resume rank 0 writes the checkpoint anew, one parameter at a time, into `RUN/universal/step-N-HASH`: per
+Before such a resume rank 0 writes the checkpoint anew, one tensor at a time, into `RUN/universal/step-N-HASH`: per
 parameter its master weights and moments whole, in safetensors, and a manifest with the size and SHA-256 of every file
 and of the manifest of the checkpoint that it was made from. It appears under that name only when whole, serves later
 starts too, and goes when its checkpoint goes. Then every rank takes its part of each tensor.
@@ -28,13 +28,14 @@ from data_pipelines.errors import BadInput
 from data_pipelines.progress import Progress
 from pretrain import checkpoint as checkpoints
 from pretrain.engine import Engine
-from pretrain.zero_files import SavedModel, SavedParameter, open_saved
+from pretrain.zero_reader import SavedModel, SavedParameter, open_saved
 
 FOLDER = "universal"
+MANIFEST = "FORM.json"
 FORM_VERSION = 1
 INDEX = "index.json"
 _TEMPORARY = ".tmp-"
-_FILE_BYTES = 256_000_000
+_FILE_BYTES = 64_000_000
 _ELEMENT_BYTES = 4
 _POLL_SECONDS = 0.2
 _LAYOUT = ("zero_stage", "precision", "offload_optimizer", "offload_parameters")
@@ -68,7 +69,7 @@ def load(engine: Engine, checkpoint: Path, run_dir: Path, alive: Callable[[], No
     _check_model(engine, parameters, checkpoint)
 
     def read(name: str, kind: str) -> Tensor:
-        with safe_open(form / parameters[name]["file"], framework="pt") as file:
+        with safe_open(form / parameters[name]["files"][kind], framework="pt") as file:
             tensor: Tensor = file.get_tensor(f"{name}/{kind}")
             return tensor
 
@@ -80,7 +81,7 @@ def load(engine: Engine, checkpoint: Path, run_dir: Path, alive: Callable[[], No
 
 
 def convert(checkpoint: Path, run_dir: Path, progress: Progress, advanced: Callable[[], None] = lambda: None) -> Path:
-    """Write the form of a verified checkpoint, one parameter in memory at a time, and return its folder.
+    """Write the form of a verified checkpoint, about one tensor in memory at a time, and return its folder.
 
     Raises:
         BadInput: the checkpoint's files cannot be read, or the disk has no room.
@@ -89,7 +90,7 @@ def convert(checkpoint: Path, run_dir: Path, progress: Progress, advanced: Calla
     model = open_saved(checkpoint / "deepspeed", manifest["world_size"])
     final = folder_of(checkpoint, run_dir)
     final.parent.mkdir(parents=True, exist_ok=True)
-    total = sum(_bytes(parameter) for parameter in model.parameters)
+    total = sum(_bytes(parameter) * len(parameter.kinds) for parameter in model.parameters)
     free = shutil.disk_usage(final.parent).free
     if free < total:
         raise BadInput(f"{final.parent}: converting {checkpoint.name} needs {total:,} bytes, and {free:,} are free")
@@ -99,8 +100,8 @@ def convert(checkpoint: Path, run_dir: Path, progress: Progress, advanced: Calla
     try:
         files = _write(model, work, progress, advanced)
         source = {"path": str(checkpoint.resolve()), "manifest_sha256": _sha256(checkpoint / checkpoints.MANIFEST)}
-        entries = {"files": files, "source": source, "form_version": FORM_VERSION}
-        _write_json(work / checkpoints.MANIFEST, manifest | entries)
+        entries = {"form_version": FORM_VERSION, "step": manifest["step"], "source": source, "files": files}
+        _write_json(work / MANIFEST, entries)
         fsync_folder(work)
         if final.exists():
             shutil.rmtree(final)
@@ -119,14 +120,25 @@ def folder_of(checkpoint: Path, run_dir: Path) -> Path:
 
 def why_not(form: Path, checkpoint: Path) -> str | None:
     """Why a converted form is not to be used for a checkpoint, or null. Reads every byte."""
-    reason = checkpoints.verify(form)
-    if reason:
-        return reason
-    manifest = checkpoints.read_manifest(form)
-    if manifest.get("form_version") != FORM_VERSION:
-        return f"form version {manifest.get('form_version')}, not {FORM_VERSION}"
-    if manifest["source"]["manifest_sha256"] != _sha256(checkpoint / checkpoints.MANIFEST):
+    try:
+        manifest = json.loads((form / MANIFEST).read_text())
+        version, files, source = manifest["form_version"], dict(manifest["files"]), manifest["source"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        made_from = source["manifest_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if version != FORM_VERSION:
+        return f"form version {version}, not {FORM_VERSION}"
+    if made_from != _sha256(checkpoint / checkpoints.MANIFEST):
         return f"it was made from another {checkpoint.name}"
+    there = {entry.name for entry in form.iterdir()} - {MANIFEST}
+    for name in sorted(there ^ expected.keys()):
+        return f"{name} is {'not listed' if name in there else 'missing'}"
+    for name, (size, digest) in expected.items():
+        if (form / name).stat().st_size != size:
+            return f"{name} has {(form / name).stat().st_size} bytes instead of {size}"
+        if _sha256(form / name) != digest:
+            return f"{name} does not have the SHA-256 of {MANIFEST}"
     return None
 
 
@@ -134,7 +146,7 @@ def prune(run_dir: Path) -> None:
     """Remove forms whose checkpoint is gone, and what an interrupted conversion left. One process a run calls it."""
     for form in sorted((run_dir / FOLDER).glob("*")) + sorted((run_dir / FOLDER).glob(f"{_TEMPORARY}*")):
         try:
-            source = json.loads((form / checkpoints.MANIFEST).read_text())["source"]
+            source = json.loads((form / MANIFEST).read_text())["source"]
             manifest = Path(source["path"]) / checkpoints.MANIFEST
             wanted = not form.name.startswith(_TEMPORARY) and source["manifest_sha256"] == _sha256(manifest)
         except (OSError, ValueError, KeyError, TypeError):
@@ -209,15 +221,16 @@ def _write(
 ) -> dict[str, dict[str, Any]]:
     """Write tensors, buffers and the index; returns the manifest's entries."""
     files: dict[str, dict[str, Any]] = {}
-    parameters: dict[str, dict[str, Any]] = {}
+    parameters: dict[str, dict[str, Any]] = {
+        each.name: {"shape": list(each.shape), "steps": each.steps, "files": {}} for each in model.parameters
+    }
     done = 0
     for number, batch in enumerate(_batches(model.parameters)):
-        name = f"parameters-{number:05d}.safetensors"
-        tensors = {f"{each.name}/{kind}": each.tensor(kind) for each in batch for kind in each.kinds}
-        save_file(tensors, work / name)
+        name = f"tensors-{number:05d}.safetensors"
+        save_file({f"{each.name}/{kind}": each.tensor(kind) for each, kind in batch}, work / name)
         files[name] = _seal(work / name)
-        for each in batch:
-            parameters[each.name] = {"file": name, "shape": list(each.shape), "steps": each.steps}
+        for each, kind in batch:
+            parameters[each.name]["files"][kind] = name
             before, done = done, done + _bytes(each)
             progress.advance(done // 1_000_000 - before // 1_000_000)
         advanced()
@@ -230,22 +243,24 @@ def _write(
     return files
 
 
-def _batches(parameters: list[SavedParameter]) -> Iterator[list[SavedParameter]]:
-    """Parameters by the file: small ones together, a large one alone."""
-    batch: list[SavedParameter] = []
+def _batches(parameters: list[SavedParameter]) -> Iterator[list[tuple[SavedParameter, str]]]:
+    """Tensors, as parameter and kind, by the file: small ones together, a large one alone."""
+    batch: list[tuple[SavedParameter, str]] = []
     size = 0
     for parameter in parameters:
-        if batch and size + _bytes(parameter) > _FILE_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(parameter)
-        size += _bytes(parameter)
+        for kind in parameter.kinds:
+            if batch and size + _bytes(parameter) > _FILE_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append((parameter, kind))
+            size += _bytes(parameter)
     if batch:
         yield batch
 
 
 def _bytes(parameter: SavedParameter) -> int:
-    return _ELEMENT_BYTES * parameter.numel * len(parameter.kinds)
+    """Bytes of one of its tensors."""
+    return _ELEMENT_BYTES * parameter.numel
 
 
 def _check_model(engine: Engine, parameters: dict[str, Any], checkpoint: Path) -> None:

@@ -1,6 +1,6 @@
 """Whole tensors into DeepSpeed's live partitions: each rank takes its part of every parameter and of both moments.
 
-The counterpart of `zero_files`, on DeepSpeed 0.19.8, whose optimizers each keep their master weights in a way of their
+The counterpart of `zero_reader`, on DeepSpeed 0.19.8, whose optimizers each keep their master weights in a way of their
 own. Only one parameter's tensors are in memory at a time.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.errors import BadInput
-from pretrain.zero_files import MOMENTS
+from pretrain.zero_reader import MOMENTS
 
 Read = Callable[[str, str], Tensor]
 """(name, `fp32` or a moment) -> the whole tensor, fp32."""

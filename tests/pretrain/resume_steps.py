@@ -45,7 +45,7 @@ class Observer(logs.MetricsFile):
         folder.mkdir(exist_ok=True)
         self.file = (folder / f"rank-{trainer.engine.rank}.jsonl").open("a", buffering=1)
         if trainer.step:
-            self.write(start=trainer.step, state=whole_state(trainer), random=draws())
+            self.write(start=trainer.step, state=whole_state(trainer))
 
     def write(self, **what: Any) -> None:
         self.file.write(json.dumps(what) + "\n")
@@ -70,8 +70,10 @@ class Observer(logs.MetricsFile):
     def on_end(self, trainer: Trainer) -> None:
         super().on_end(trainer)
         states = {name: sha(value) for name, value in _generators(trainer.engine.device).items()}
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in trainer.engine.module.optimizer.param_groups]
-        self.write(end=trainer.step, state=whole_state(trainer), generators=states, groups=repr(groups))
+        optimizer = trainer.engine.module.optimizer
+        groups = [(group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
+        clip = getattr(optimizer, "clip_grad", None)
+        self.write(end=trainer.step, state=whole_state(trainer), generators=states, groups=groups, clip=clip)
 
 
 def draws() -> list[float]:
@@ -92,6 +94,8 @@ def whole_state(trainer: Trainer) -> dict[str, str]:
     engine = trainer.engine.module
     zero = hasattr(engine.optimizer, "optimizer")
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # DeepSpeed links the moments when the first group is updated, and those of the others are not there yet.
+        engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     whole = hashlib.sha256()
     moments = hashlib.sha256()

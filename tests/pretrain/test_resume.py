@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors import safe_open
 
+from data_pipelines.errors import BadInput
+from data_pipelines.progress import Progress
+from pretrain import checkpoint, universal
+from pretrain.consolidate import open_weights
+from pretrain.zero_reader import open_saved
 from tests.pretrain.resume_steps import observed, steps_of
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.small_run import config_text, small_dataset
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 SIGKILLED = -9
 
@@ -45,7 +57,17 @@ def run(config: Path, world_size: int = 2, die_at: int | None = None, exitcode: 
     run_ranks("tests.pretrain.resume_steps", [str(config), json.dumps(case)], world_size, exitcode=code)
 
 
-EXACT = [(2, "bf16"), (3, "fp32")]
+@functools.cache
+def whole_run(home: Path, stage: int, precision: str) -> Path:
+    """An undisturbed run of eight steps on two ranks, with checkpoints of steps 3, 6 and 8."""
+    name = f"whole-{stage}-{precision}"
+    layout = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    run(config_file(home, name, 8, 3), set=layout, hash_at=[6])
+    return home / name
+
+
+# ZeRO 2 in fp32 is test_train.py's.
+EXACT = [(2, "bf16")]
 ALL_EXACT = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
 
 
@@ -57,18 +79,26 @@ ALL_EXACT = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32",
     ],
 )
 def test_the_same_layout_goes_on_bit_for_bit(home: Path, stage: int, precision: str) -> None:
-    steps, dead = 8, random.randint(4, 7)
+    whole, dead = whole_run(home, stage, precision), random.randint(4, 7)
     layout = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
-    whole, cut = (config_file(home, f"{name}-{stage}-{precision}", steps, 3) for name in ("whole", "cut"))
-    run(whole, set=layout)
-    run(cut, set=layout, die_at=dead)
-    run(cut, set=layout)
+    cut, config = home / f"cut-{stage}-{precision}", config_file(home, f"cut-{stage}-{precision}", 8, 3)
+    run(config, set=layout, die_at=dead)
+    run(config, set=layout)
     for rank in (0, 1):
-        expected, found = (observed(home / f"{name}-{stage}-{precision}", rank) for name in ("whole", "cut"))
-        assert found[-1] == expected[-1], f"killed after step {dead}"
-        lines = steps_of(home / f"cut-{stage}-{precision}", rank)
-        assert lines == steps_of(home / f"whole-{stage}-{precision}", rank), f"killed after step {dead}"
-    assert not (home / f"cut-{stage}-{precision}" / "universal").exists()
+        assert observed(cut, rank)[-1] == observed(whole, rank)[-1], f"killed after step {dead}"
+        assert steps_of(cut, rank) == steps_of(whole, rank), f"killed after step {dead}"
+    assert not (cut / "universal").exists()
+
+
+def test_settings_that_were_allowed_to_change_hold_after_the_resume(home: Path) -> None:
+    config = config_file(home, "hyper", 3, 3)
+    run(config, 1, set=["train.max_steps=3"])
+    others = ["train.max_steps=4", "train.weight_decay=0.3", "train.beta2=0.9", "train.clip_grad_norm=0.25"]
+    run(config, 1, exitcode=2, set=others, arguments=["--allow-change", "train.beta2"])
+    run(config, 1, set=others, arguments=["--allow-change", "train"])
+    last = observed(home / "hyper")[-1]
+    assert last["end"] == 4 and last["clip"] == 0.25
+    assert {(decay, tuple(betas)) for decay, betas in last["groups"]} == {(0.3, (0.9, 0.9)), (0.0, (0.9, 0.9))}
 
 
 def elastic(
@@ -111,22 +141,35 @@ def assert_goes_on(whole: Path, other: Path, legs: list[tuple[int, int, list[str
 
 
 LEGS = [
-    (2, 10, ["engine.zero_stage=2"]),
-    (1, 20, ["engine.zero_stage=3"]),
-    (2, 30, ["engine.zero_stage=1", "data.micro_batch=2"]),
-    (1, 40, ["engine.zero_stage=0", "data.micro_batch=4"]),
-    (2, 50, ["engine.zero_stage=2"]),
+    (2, 5, ["engine.zero_stage=2"]),
+    (1, 10, ["engine.zero_stage=3"]),
+    (2, 15, ["engine.zero_stage=1", "data.micro_batch=2"]),
+    (1, 20, ["engine.zero_stage=0", "data.micro_batch=4"]),
+    (2, 25, ["engine.zero_stage=2"]),
 ]
 
 
 def test_other_ranks_stages_and_accumulation_go_on_within_rounding(home: Path) -> None:
-    whole, other = elastic(home, "fp32", LEGS, 10, [])
+    whole, other = elastic(home, "fp32", LEGS, 5, [])
     assert_goes_on(whole, other, LEGS, rel=1e-5)
     run_json = json.loads((other / "run.json").read_text())
     assert run_json["world_sizes"] == [2, 1, 2, 1, 2]
-    assert ("engine.zero_stage", 2, 3, "free", 10) in {
+    assert ("engine.zero_stage", 2, 3, "free", 5) in {
         (each["field"], each["old"], each["new"], each["kind"], each["step"]) for each in run_json["changes"]
     }
+
+
+def test_bf16_goes_on_with_its_master_weights(home: Path) -> None:
+    whole, other = whole_run(home, 2, "bf16"), home / "bf16-alone"
+    config = config_file(home, "bf16-alone", 8, 3)
+    source = checkpoint.folder_of(whole, 6)
+    run(config, 1, set=["engine.zero_stage=3", "engine.precision=bf16"], arguments=["--resume", str(source)])
+    before = next(line["state"] for line in observed(whole) if line.get("hashed") == 6)
+    assert observed(other)[0] == {"start": 6, "state": before}
+    for step, line in steps_of(other).items():
+        assert line["loss"] == pytest.approx(steps_of(whole)[step]["loss"], rel=2e-2)
+        assert keys_of(other, 1, step) == keys_of(whole, 2, step)
+    assert list(steps_of(other)) == [7, 8]
 
 
 BF16_LEGS = [
@@ -137,7 +180,108 @@ BF16_LEGS = [
 ]
 
 
-def test_bf16_goes_on_in_other_layouts_with_its_master_weights(home: Path) -> None:
+@pytest.mark.soak
+def test_bf16_goes_on_in_other_layouts(home: Path) -> None:
     base = ["engine.precision=bf16"]
     whole, other = elastic(home, "bf16", BF16_LEGS, 6, base)
     assert_goes_on(whole, other, BF16_LEGS, rel=2e-2)
+
+
+@pytest.fixture
+def saved(home: Path, tmp_path: Path) -> Path:
+    """A copy of a checkpoint of two ranks, ZeRO 2, bf16, in `tmp_path/run`."""
+    path = checkpoint.folder_of(tmp_path / "run", 6)
+    shutil.copytree(checkpoint.folder_of(whole_run(home, 2, "bf16"), 6), path)
+    return path
+
+
+def convert(path: Path, run_dir: Path) -> Path:
+    with Progress("converting", "MB", quiet=True) as progress:
+        return universal.convert(path, run_dir, progress)
+
+
+def test_a_form_holds_what_deepspeed_itself_puts_together(saved: Path, tmp_path: Path) -> None:
+    form = convert(saved, tmp_path / "run")
+    assert universal.why_not(form, saved) is None
+    weights = open_weights(saved)
+    parameters = json.loads((form / "index.json").read_text())["parameters"]
+    for name, entry in parameters.items():
+        for kind in ("fp32", "exp_avg", "exp_avg_sq"):
+            with safe_open(form / entry["files"][kind], framework="pt") as file:
+                tensor = file.get_tensor(f"{name}/{kind}")
+            assert list(tensor.shape) == entry["shape"] == list(weights[name].shape)
+            assert torch.equal(tensor, weights[name]) == (kind == "fp32"), (name, kind)
+        assert entry["steps"] == 6
+
+
+def test_a_form_is_made_once_and_again_where_it_was_damaged(
+    saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, form = tmp_path / "run", universal.folder_of(saved, tmp_path / "run")
+    left = form.with_name(".tmp-left-behind")
+    left.mkdir(parents=True)
+
+    def again() -> tuple[int, str]:
+        universal._find_or_convert(saved, run_dir, lambda: None)
+        assert universal.why_not(form, saved) is None and not left.exists()
+        return form.stat().st_ino, capfd.readouterr().err
+
+    first, said = again()
+    assert f"converted {saved.name}" in said
+    assert again() == (first, "")
+    data = bytearray((form / "tensors-00000.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1
+    (form / "tensors-00000.safetensors").write_bytes(data)
+    second, said = again()
+    assert second != first and "tensors-00000.safetensors does not have the SHA-256" in said
+
+
+def test_a_form_goes_with_its_checkpoint(saved: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    form = convert(saved, run_dir)
+    universal.prune(run_dir)
+    assert form.exists()
+    shutil.rmtree(saved)
+    universal.prune(run_dir)
+    assert not form.exists()
+    universal.prune(tmp_path / "no such run")
+
+
+def test_a_conversion_killed_anywhere_leaves_no_half_form(saved: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.pretrain.convert_and_die", str(saved), str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *deaths, last = json.loads(done.stdout.splitlines()[-1])
+    assert len(deaths) >= 10 and all(death["killed"] for death in deaths)
+    assert last == {"killed": False, "there": True, "reason": None}
+    # Right before the last flush, of the folder, the form is there by its name, and whole.
+    assert [death["there"] for death in deaths] == [False] * (len(deaths) - 1) + [True]
+    assert all(death["reason"] is None for death in deaths)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch payload-ran",)
+
+
+def test_files_that_are_wrong_are_refused_by_name(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    states = saved / "deepspeed" / "state"
+    one = next(states.glob("*rank_1_*optim_states.pt"))
+    whole = one.read_bytes()
+    torch.save({"optimizer_state_dict": Payload()}, one)
+    with pytest.raises(BadInput, match="would execute code"):
+        convert(saved, tmp_path / "run")
+    assert not (tmp_path / "payload-ran").exists()
+    torch.save({"something": "else"}, one)
+    with pytest.raises(BadInput, match="not what DeepSpeed .* writes.*optimizer_state_dict"):
+        convert(saved, tmp_path / "run")
+    one.unlink()
+    with pytest.raises(BadInput, match=r"ranks \[0\], of 2 ranks expected"):
+        convert(saved, tmp_path / "run")
+    one.write_bytes(whole)
+    (states / "mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(BadInput, match="mp_rank_00_model_states.pt is missing"):
+        open_saved(saved / "deepspeed", 2)
+    assert not list((tmp_path / "run" / "universal").glob("*"))

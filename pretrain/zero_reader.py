@@ -63,8 +63,8 @@ class SavedModel:
     buffers: dict[str, Tensor]
 
 
-def client_state(names: list[list[str]]) -> dict[str, Any]:
-    """What a save adds to DeepSpeed's files: the parameters' names, group by group, which ZeRO 0 leaves out."""
+def names_entry(names: list[list[str]]) -> dict[str, Any]:
+    """What a save adds to DeepSpeed's client state: the parameters' names, group by group, which ZeRO 0 leaves out."""
     return {_NAMES: names}
 
 
