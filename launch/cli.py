@@ -6,9 +6,10 @@ Every command imports what it needs when it is called, so that `--help` answers 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from launch import data_commands
 from launch.demo import demo_command
@@ -50,7 +51,17 @@ def config(
     config_command(config, set or (), json)
 
 
-@app.command(epilog="example: triptych train configs/digits.yaml --nproc 2 --set train.max_steps=20")
+class TrainCommand(TyperCommand):
+    """`--allow-change` may stand without a value, which Typer has no word for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse with the value that a bare `--allow-change` means."""
+        from pretrain.changes import spell_out
+
+        return super().parse_args(ctx, spell_out(args))
+
+
+@app.command(cls=TrainCommand, epilog="example: triptych train configs/digits.yaml --nproc 2 --set train.max_steps=20")
 @exits_cleanly
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
@@ -60,8 +71,13 @@ def train(
         str, typer.Option(metavar="auto|never|PATH", help="Go on from the newest valid checkpoint, none, or this one.")
     ] = "auto",
     allow_change: Annotated[
-        bool, typer.Option("--allow-change", help="Go on though weights of data.train changed or sources were added.")
-    ] = False,
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="[FIELD]",
+            help="Let a setting or section differ from the checkpoint's; without FIELD the mixture, data.train.",
+        ),
+    ] = None,
 ) -> None:
     """Train on this machine.
 
@@ -69,7 +85,7 @@ def train(
     """
     from launch.train_command import train_command
 
-    raise typer.Exit(train_command(config, set or (), nproc, resume, allow_change))
+    raise typer.Exit(train_command(config, set or (), nproc, resume, allow_change or ()))
 
 
 @app.command(epilog="example: triptych checkpoints runs/demo/run --json")

@@ -216,6 +216,10 @@ class Config(Settings):
             raise ValueError("engine.offload_parameters needs engine.zero_stage 3")
         if self.engine.offload_optimizer and self.engine.zero_stage == 0:
             raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+        if self.engine.precision == "bf16" and self.engine.zero_stage == 0:
+            raise ValueError(
+                "engine.precision bf16 needs engine.zero_stage 1, 2 or 3: under 0 nothing keeps fp32 weights"
+            )
         if self.data.micro_batch is not None and self.data.global_batch % self.data.micro_batch:
             raise ValueError(
                 f"data.global_batch {self.data.global_batch} is not a multiple of "

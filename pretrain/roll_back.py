@@ -26,7 +26,7 @@ def roll_back(trainer: Trainer, guilty: int) -> Path | None:
     if path is None:
         return None
     state = checkpoint.read_state(path)
-    checkpoint.load(trainer.engine, path)
+    checkpoint.load(trainer.engine, path, trainer.run_dir)
     times = trainer.watch.roll_backs + 1
     trainer.watch.resume(state["watch"])
     trainer.watch.roll_backs = times

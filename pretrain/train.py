@@ -23,7 +23,9 @@ from typing import Any
 from data_pipelines.atomic import atomic_file
 from data_pipelines.errors import BadInput, printable
 from pretrain import checkpoint
+from pretrain.changes import MIXTURE, Difference, check_fields, covers, spell_out
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
+from pretrain.resume import TrainerState, candidate, check, check_tokenizer, reader_versions, tokenizers_of
 from pretrain.watch import LimitPassed
 
 _PR_SET_PDEATHSIG = 1
@@ -45,8 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (auto)")
-    parser.add_argument("--allow-change", action="store_true", help="let the mixture change on resume")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="let this setting or section change on resume; without FIELD the mixture, data.train",
+    )
+    options = parser.parse_args(spell_out(sys.argv[1:] if arguments is None else arguments))
     prepare_environment()
     stop_with_launcher()
     try:
@@ -83,8 +91,8 @@ def stop_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def train(config_path: str, overrides: Sequence[str], resume: str, allow_change: bool = False) -> bool:
-    """Train as `config_path` says.
+def train(config_path: str, overrides: Sequence[str], resume: str, allow_change: Sequence[str] = ()) -> bool:
+    """Train as `config_path` says, going on from a checkpoint though the settings in `allow_change` differ from its.
 
     Returns:
         True when the last step is done, false when stopped on purpose with a checkpoint saved.
@@ -96,6 +104,9 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
     run_dir = Path(config.run.dir)
     if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
         raise BadInput(f"{run_dir} holds checkpoints and --resume is never: use another run.dir, or --resume auto")
+    check_fields(allow_change)
+    likely = candidate(run_dir, resume)
+    changed = changed_settings(likely, config, allow_change)
     build_datasets(config)
 
     from data_pipelines import open_dataset
@@ -103,10 +114,11 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
     from pretrain.callbacks.evaluation import Evaluation
     from pretrain.callbacks.ledger import LedgerKeeper
     from pretrain.callbacks.logs import Console, MetricsFile, TensorBoard
+    from pretrain.checkpoint.generators import derive_generators
     from pretrain.consumption import data_facts
     from pretrain.heartbeat import Pulse
     from pretrain.model.omni import OmniPretrainer
-    from pretrain.trainer import Trainer, different_setting
+    from pretrain.trainer import Trainer
 
     pulse = Pulse(global_rank())
     engine = Engine(config)
@@ -118,20 +130,22 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
         for bad in passed:
             if engine.is_main:
                 print(f"passed over {bad.path}: {bad.reason}", file=sys.stderr)
-        old = checkpoint.read_state(start) if start is not None else {}
-        if start is not None:
-            difference = different_setting(old["config"], config)
-            if difference:
-                raise BadInput(f"{start.name} was made with another config: {difference}; use another run.dir")
-        step = int(old.get("step", 0))
-        loader = build_loader(config, engine.rank, engine.world_size, step, old.get("data"), allow_change)
+        old = TrainerState.read(start) if start is not None else None
+        if start != likely:
+            changed = changed_settings(start, config, allow_change)
+        step, batch = (old.step, old.cursor["batch"]) if old is not None else (0, 0)
+        mixture = covers(allow_change, MIXTURE)
+        loader = build_loader(config, engine.rank, engine.world_size, batch, old.data if old else None, mixture)
         engine.prepare(OmniPretrainer.build(config, loader.tokenizer))
-        if start is not None:
-            checkpoint.load(engine, start)
-        run_id = write_run_files(run_dir, dump_config(config), engine, step) if engine.is_main else ""
+        tokenizers = tokenizers_of(config)
+        if start is None or old is None:
+            derive_generators(config.run.seed, 0, engine.rank, engine.device)
+        else:
+            check_tokenizer(start, old, tokenizers)
+            checkpoint.load(engine, start, run_dir, lambda: pulse.beat("start", step))
+        run_id = write_run_files(run_dir, dump_config(config), engine, step, changed) if engine.is_main else ""
         run_id = engine.gather_objects(run_id)[0]
 
-        batch = int(old.get("batch", step))
         consumption = data_facts(loader.datasets, loader.state(batch), config.data.num_streams)
         callbacks: list[Any] = [LedgerKeeper(run_dir, consumption), MetricsFile(run_dir / "metrics.jsonl")]
         callbacks.append(Console(config.logging.every_steps))
@@ -152,9 +166,10 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
             pulse,
         )
         trainer.step = step
-        if start is not None:
-            trainer.watch.resume(old["watch"])
-            trainer.cursor.resume(old)
+        trainer.made_with = {"tokenizer": tokenizers, "versions": reader_versions()}
+        if start is not None and old is not None:
+            trainer.watch.resume(old.watch)
+            trainer.cursor.resume(old.cursor)
             trainer.committed.append(start)
         if engine.is_main and start is not None:
             print(f"resuming from {start} at step {step}", file=sys.stderr)
@@ -164,6 +179,18 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
             raise SeenByOneRank(f"rank {engine.rank}: {error}") from None
     finally:
         engine.close()
+
+
+def changed_settings(start: Path | None, config: Any, allow_change: Sequence[str]) -> list[Difference]:
+    """What differs from a checkpoint's config, said by rank 0 before anything starts.
+
+    Raises:
+        BadInput: not all of it may.
+    """
+    changed = check(start, config, allow_change) if start is not None else []
+    for difference in changed if start is not None and global_rank() == 0 else ():
+        print(f"changed since {start.name}: {difference} ({difference.kind})", file=sys.stderr)
+    return changed
 
 
 def build_datasets(config: Any) -> None:
@@ -196,8 +223,10 @@ def find_start(run_dir: Path, resume: str, engine: Engine) -> tuple[Path | None,
     return path, []
 
 
-def write_run_files(run_dir: Path, config_text: str, engine: Engine, step: int) -> str:
-    """Write config.yaml and run.json; returns the run's id, which is kept over restarts."""
+def write_run_files(
+    run_dir: Path, config_text: str, engine: Engine, step: int, changed: Sequence[Difference] = ()
+) -> str:
+    """Write config.yaml and run.json, with what changed on this resume; returns the run's id, kept over restarts."""
     path = run_dir / "run.json"
     run = json.loads(path.read_text()) if path.exists() else {}
     if not run:
@@ -207,6 +236,8 @@ def write_run_files(run_dir: Path, config_text: str, engine: Engine, step: int) 
     run["world_sizes"].append(engine.world_size)
     run["starts"].append({"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)})
     run["versions"] = versions()
+    kept = run.setdefault("changes", [])
+    kept += [entry for entry in (difference.record(step) for difference in changed) if entry not in kept]
     for name, text in (("config.yaml", config_text), ("run.json", json.dumps(run, indent=1))):
         with atomic_file(run_dir / name) as file:
             file.write(text.encode())

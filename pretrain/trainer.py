@@ -9,7 +9,6 @@ al., 2021). Losses therefore do not depend on world size or accumulation.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -21,11 +20,9 @@ from typing import Any
 
 import psutil
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from data_pipelines.config import Settings
-from pretrain import checkpoint
+from pretrain import checkpoint, universal
 from pretrain.callbacks import Callback, StepRecord
 from pretrain.config import Config
 from pretrain.cursor import Cursor
@@ -95,6 +92,8 @@ class Trainer:
         self.committed: list[Path] = []
         """Checkpoints that this run may go back to, oldest first."""
         self._suspect: Share | None = None
+        self.made_with: dict[str, Any] = {}
+        """What every checkpoint says of what the run was made with besides its config, for JSON."""
         self._stop_wanted = False
         self._deadline = Deadline(config.run.stop_before)
 
@@ -272,6 +271,7 @@ class Trainer:
             "data": self.data_state(self.cursor.batch),
             "watch": self.watch.state(),
             "config": self.config.model_dump(mode="json"),
+            **self.made_with,
         }
         self._settle(self.saver.begin(self.step, state), last)
         if last:
@@ -288,6 +288,8 @@ class Trainer:
         if saved.reason is None:
             path = checkpoint.folder_of(self.run_dir, saved.step)
             self.committed = [each for each in self.committed if each != path] + [path]
+            if self.engine.is_main:
+                universal.prune(self.run_dir)
             for callback in self.callbacks:
                 callback.on_checkpoint(self, path)
             return
@@ -356,53 +358,3 @@ def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
 def finite(value: float | None) -> float | None:
     """The value, or None where it is not finite: JSON has no word for that."""
     return value if value is not None and math.isfinite(value) else None
-
-
-FREE_SETTINGS = (
-    "run.dir",
-    "run.name",
-    "run.stop_before",
-    "data.train",
-    "data.temperature",
-    "data.eval",
-    "data.build",
-    "data.num_workers",
-    "data.worker_type",
-    "data.prefetch",
-    "data.max_bad_rate",
-    "data.max_bad_run",
-    "data.remote",
-    "checkpoint",
-    "evaluation",
-    "logging",
-    "supervisor",
-    "slurm",
-    "engine.collective_timeout_seconds",
-    "engine.bucket_mb",
-)
-"""Settings that a resume may change. Folders may move: the data's fingerprint and mixture are compared instead."""
-
-
-def different_setting(old: dict[str, Any], new: Settings) -> str | None:
-    """The first setting, as `key: old -> new`, that differs and may not, or null.
-
-    A setting that an older version did not know counts as its default.
-    """
-    try:
-        old = type(new).model_validate_json(json.dumps(old)).model_dump(mode="json")
-    except ValidationError:
-        # Of a version that had other settings: those that differ will be named as they are.
-        pass
-
-    def walk(before: Any, after: Any, path: str) -> str | None:
-        if path in FREE_SETTINGS:
-            return None
-        if isinstance(before, dict) and isinstance(after, dict):
-            for key in sorted(before.keys() | after.keys()):
-                found = walk(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
-                if found:
-                    return found
-            return None
-        return None if before == after else f"{path}: {before} -> {after}"
-
-    return walk(old, new.model_dump(mode="json"), "")

@@ -82,11 +82,14 @@ def started_ranks(module: str, arguments: Sequence[str], world_size: int = 2) ->
                 one.end()
 
 
-def run_ranks(module: str, arguments: Sequence[str], world_size: int = 2, timeout: float = 240) -> list[str]:
+def run_ranks(
+    module: str, arguments: Sequence[str], world_size: int = 2, timeout: float = 240, exitcode: int = 0
+) -> list[str]:
     """Run `python -m module arguments` once a rank and return each rank's standard output.
 
     Raises:
-        AssertionError: a rank failed or the time ran out; the message holds the ranks' standard error.
+        AssertionError: a rank did not end with `exitcode` (-9: of SIGKILL), or the time ran out; the message holds its
+            standard error.
     """
     with started_ranks(module, arguments, world_size) as ranks:
         deadline = time.monotonic() + timeout
@@ -94,7 +97,7 @@ def run_ranks(module: str, arguments: Sequence[str], world_size: int = 2, timeou
             one.process.join(max(0.0, deadline - time.monotonic()))
             assert one.process.exitcode is not None, f"{module} ran longer than {timeout} s"
         for one in ranks:
-            assert one.process.exitcode == 0, one.err.read_text()[-4000:]
+            assert one.process.exitcode == exitcode, one.err.read_text()[-4000:]
         return [one.out.read_text() for one in ranks]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from data_pipelines.errors import BadInput
-from pretrain.checkpoint.generators import generator_file, restore_generators
+from pretrain import resume
+from pretrain.checkpoint.generators import (
+    derive_device_generator,
+    derive_generators,
+    generator_file,
+    restore_generators,
+)
 from pretrain.checkpoint.manifest import IDENTITY, TRAINER_STATE, ZERO_FOLDER, ZERO_TAG, ZERO_TAG_FILE, read_manifest
 from pretrain.checkpoint.verification import share
 from pretrain.consolidate import safe_unpickling
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
+
+# What torch says of a file, and not of a lost rank or of memory.
+_UNREADABLE = ("PytorchStreamReader", "loading state_dict")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -35,22 +44,41 @@ def read_state(path: Path) -> dict[str, Any]:
         raise BadInput(f"{file} does not parse ({type(error).__name__})") from None
 
 
-def load(engine: Engine, path: Path) -> None:
-    """Load a verified checkpoint into the engine; all ranks call it.
+def load(engine: Engine, path: Path, run_dir: Path, alive: Callable[[], None] = lambda: None) -> None:
+    """Load a verified checkpoint into the engine, whatever ranks and ZeRO stage wrote it; all ranks call it.
+
+    With the ranks, stage, precision and offload that wrote it everything comes back bit for bit. Otherwise it goes
+    through `pretrain.universal`, whose form is kept below `run_dir`; a rank that was not there before draws its random
+    generators from (seed, step, rank). `alive` is called now and then while that takes.
 
     Raises:
-        BadInput: it was written by another world size or ZeRO stage; or a file of it is of another run, step or rank
-            than the manifest says, or would execute code.
+        BadInput: it is not of this model, cannot be read here, or a file of it is of another run, step or rank than the
+            manifest says, or would execute code.
     """
+    from pretrain import universal
+
     manifest = read_manifest(path)
-    for key, ours in (("world_size", engine.world_size), ("zero_stage", engine.config.engine.zero_stage)):
-        if manifest[key] != ours:
-            raise BadInput(
-                f"{path.name} was written with {key} {manifest[key]}, this run has {ours}: resume with the same number"
-            )
     check_identities_together(engine, path, manifest)
-    engine.load(path / ZERO_FOLDER)
-    restore_generators(load_file(path / generator_file(engine.rank)), engine.device)
+    try:
+        if universal.same_layout(engine, path):
+            engine.load(path / ZERO_FOLDER)
+        else:
+            universal.load(engine, path, run_dir, alive)
+    except (KeyError, AssertionError, pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _UNREADABLE):
+            raise
+        raise BadInput(resume.unreadable(path, error)) from error
+    seed = engine.config.run.seed
+    if engine.rank >= manifest["world_size"]:
+        derive_generators(seed, manifest["step"], engine.rank, engine.device)
+        return
+    file = path / generator_file(engine.rank)
+    if not file.is_file():
+        raise BadInput(f"{path.name}: {file.name}, the random generators of rank {engine.rank}, is missing")
+    state = load_file(file)
+    if engine.device.type == "cuda" and "cuda" not in state:
+        derive_device_generator(seed, manifest["step"], engine.rank, engine.device)
+    restore_generators(state, engine.device)
 
 
 def check_identities_together(engine: Engine, path: Path, manifest: dict[str, Any]) -> None:
