@@ -34,11 +34,12 @@ _SETTINGS: dict[Kind, str] = {
         model.gradient_checkpointing
         engine.zero_stage engine.offload_optimizer engine.offload_parameters engine.bucket_mb
         engine.collective_timeout_seconds
-        checkpoint.every_steps checkpoint.keep_last
+        checkpoint.every_steps checkpoint.keep_last checkpoint.keep_every checkpoint.on_failure
         evaluation.every_steps evaluation.batch evaluation.max_samples evaluation.image_prompts evaluation.audio_prompts
         logging.every_steps logging.tensorboard
-        watch.max_non_finite
-        supervisor.hang_seconds supervisor.max_restarts
+        watch.max_non_finite watch.max_spikes watch.max_roll_backs
+        supervisor.hang_seconds supervisor.start_seconds supervisor.max_restarts supervisor.backoff_seconds
+        supervisor.owner_seconds
         slurm.partition slurm.account slurm.job_name slurm.time
     """,
     "mixture": "data.train data.temperature",
@@ -58,6 +59,7 @@ _SETTINGS: dict[Kind, str] = {
         train.min_learning_rate_share train.learning_rate_scale train.weight_decay train.beta1 train.beta2 train.epsilon
         train.clip_grad_norm
         engine.precision
+        watch.policy watch.window watch.threshold watch.pass_over_around
     """,
     "fatal": """
         run.seed
