@@ -6,12 +6,11 @@ Exit status: 0 done; 1 a fault of ours; 2 bad input, said in one line by rank 0;
 from __future__ import annotations
 
 import argparse
-import ctypes
+import functools
 import json
 import os
 import platform
 import secrets
-import signal
 import sys
 import time
 import traceback
@@ -22,9 +21,12 @@ from typing import Any
 
 from data_pipelines.atomic import atomic_file
 from data_pipelines.errors import BadInput
+from pretrain.config import Config, dump_config, load_config
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
+from pretrain.heartbeat import AFTER_VARIABLE, Pulse, answer_with_stacks
+from pretrain.orphan import end_with_launcher
+from pretrain.owner import Owner
 
-_PR_SET_PDEATHSIG = 1
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
 LET_RANK_0_SPEAK_SECONDS = 20.0
 
@@ -46,9 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-change", action="store_true", help="let the mixture change on resume")
     options = parser.parse_args(arguments)
     prepare_environment()
-    stop_with_launcher()
+    end_with_launcher()
+    answer_with_stacks(global_rank())
+    pulse = Pulse(global_rank())
     try:
-        return DONE if train(options.config, options.set, options.resume, options.allow_change) else STOPPED
+        done = train(options.config, options.set, options.resume, options.allow_change, pulse)
+        return DONE if done else STOPPED
     except BadInput as error:
         if global_rank() and not isinstance(error, SeenByOneRank):
             # Rank 0 says it for all, and the launcher would end it as soon as another rank is gone.
@@ -57,28 +62,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
+        pulse.fail(error)
         print(f"rank {global_rank()}:\n{traceback.format_exc()}", file=sys.stderr)
         return FAULT
 
 
-def stop_with_launcher() -> None:
-    """Have the kernel send SIGTERM (save and stop) when the torchelastic launcher dies; else ranks train on alone."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def train(config_path: str, overrides: Sequence[str], resume: str, allow_change: bool = False) -> bool:
-    """Train as `config_path` says.
+def train(
+    config_path: str, overrides: Sequence[str], resume: str, allow_change: bool = False, pulse: Pulse | None = None
+) -> bool:
+    """Train as `config_path` says, as the one owner of the run directory.
 
     Returns:
         True when the last step is done, false when stopped on purpose with a checkpoint saved.
     """
-    from pretrain.config import dump_config, load_config
-
     config = load_config(config_path, overrides)
     accumulation_steps(config, global_world_size())
+    if global_rank():
+        return _train(config, resume, allow_change, pulse, None)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    owner = Owner.take(Path(config.run.dir), config.supervisor.owner_seconds, say)
+    try:
+        return _train(config, resume, allow_change, pulse, owner)
+    finally:
+        owner.give_back()
+
+
+def _train(config: Config, resume: str, allow_change: bool, pulse: Pulse | None, owner: Owner | None) -> bool:
     run_dir = Path(config.run.dir)
     if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
         raise BadInput(f"{run_dir} holds checkpoints and --resume is never: use another run.dir, or --resume auto")
@@ -89,16 +99,14 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
     from pretrain import checkpoint
     from pretrain.callbacks.evaluation import Evaluation
     from pretrain.callbacks.logs import Console, MetricsFile, TensorBoard
-    from pretrain.heartbeat import Pulse
+    from pretrain.environment import check_same_environment
     from pretrain.model.omni import OmniPretrainer
     from pretrain.trainer import Trainer, different_setting
 
-    pulse = Pulse(global_rank())
     engine = Engine(config)
     engine.barrier()
     try:
-        if engine.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
+        check_same_environment(engine, versions())
         start, passed = find_start(run_dir, resume, engine)
         for bad in passed:
             if engine.is_main:
@@ -134,6 +142,8 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
             pulse,
         )
         trainer.step = step
+        if owner is not None:
+            trainer.check_owner = owner.check
         if start is not None:
             trainer.watch.resume(old["watch"])
         if engine.is_main and start is not None:
@@ -185,7 +195,8 @@ def write_run_files(run_dir: Path, config_text: str, engine: Engine, step: int) 
     else:
         run["restarts"] += 1
     run["world_sizes"].append(engine.world_size)
-    run["starts"].append({"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)})
+    start = {"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)}
+    run["starts"].append(start | {"after": os.environ.get(AFTER_VARIABLE) or None})
     run["versions"] = versions()
     for name, text in (("config.yaml", config_text), ("run.json", json.dumps(run, indent=1))):
         with atomic_file(run_dir / name) as file:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
@@ -27,13 +27,13 @@ from data_pipelines.config import Settings
 from pretrain import checkpoint
 from pretrain.callbacks import Callback, StepRecord
 from pretrain.config import Config
-from pretrain.deadline import Deadline
 from pretrain.engine import Engine
 from pretrain.heartbeat import Pulse
 from pretrain.model.omni import Plan
 from pretrain.objectives import joint
 from pretrain.objectives.align import Embeddings, align_loss
 from pretrain.schedule import learning_rate
+from pretrain.stopping import StopRequest
 from pretrain.watch import Watch
 
 _LOCAL_COUNTS = ("text", "image", "audio")
@@ -52,7 +52,7 @@ class Told:
     audio: float
     tokens: float
     stop: float
-    """1 from a rank that was asked to stop."""
+    """More than 0 from a rank that was asked to stop; which way, `StopRequest` knows."""
 
 
 class Trainer:
@@ -82,8 +82,9 @@ class Trainer:
         self.watch = Watch(config.watch)
         self.step = 0
         """Optimizer steps done, skipped ones among them."""
-        self._stop_wanted = False
-        self._deadline = Deadline(config.run.stop_before)
+        self.stop_request = StopRequest(config, engine.rank, engine.world_size)
+        self.check_owner: Callable[[], None] = lambda: None
+        """Rank 0 asks it before a save; it raises when the run directory belongs to another run by now."""
 
     def run(self, batches: Iterator[dict[str, Any]]) -> bool:
         """Train to the last step, or until a signal asks to stop.
@@ -94,7 +95,7 @@ class Trainer:
         Raises:
             LimitPassed: the numbers went wrong for too long; the last checkpoint is older than that.
         """
-        self._catch_signals()
+        self.stop_request.catch_signals()
         for callback in self.callbacks:
             callback.on_start(self)
         self.engine.module.train()
@@ -106,6 +107,8 @@ class Trainer:
             if self.watch.verdict.action == "stop":
                 raise LimitPassed(f"step {self.step}: {self.watch.verdict.reason}")
             done = self.step == self.config.train.max_steps
+            if stopped and self.engine.is_main:
+                print(f"stopping after step {self.step}: {self.stop_request.reason}", file=sys.stderr, flush=True)
             if done or stopped or self.step % self.config.checkpoint.every_steps == 0:
                 self.pulse.beat("checkpoint", self.step)
                 self._save()
@@ -114,6 +117,8 @@ class Trainer:
                     callback.after_step(self, record)
         for callback in self.callbacks:
             callback.on_end(self)
+        if stopped:
+            self.stop_request.done()
         self.pulse.beat("end", self.step)
         return not stopped
 
@@ -121,14 +126,15 @@ class Trainer:
         self.pulse.beat("data", self.step + 1)
         started, remote_wait = time.perf_counter(), self.remote_wait_seconds()
         batch = next(batches)
+        # From here on a rank may wait for another one that still waits for its data.
+        self.pulse.beat("forward", self.step + 1)
         data_wait, remote_wait = time.perf_counter() - started, self.remote_wait_seconds() - remote_wait
 
         micro_batches = split(batch, self.engine.accumulation)
         plans = [self.engine.model.plan(micro) for micro in micro_batches]
         local = [float(sum(plan.counts[name] for plan in plans)) for name in _LOCAL_COUNTS]
         tokens = float(sum(plan.num_tokens for plan in plans))
-        stop = self._stop_wanted or self._deadline.passed()
-        all_ranks = self._tell(Told(*local, tokens=tokens, stop=float(stop)))
+        all_ranks = self._tell(Told(*local, tokens=tokens, stop=self.stop_request.told()))
         counts = {name: int(getattr(all_ranks, name)) for name in _LOCAL_COUNTS}
 
         rate = learning_rate(self.step, self.config.train)
@@ -163,7 +169,7 @@ class Trainer:
             rss_bytes=psutil.Process().memory_info().rss,
             skipped=self.watch.verdict.reason,
         )
-        return record, all_ranks.stop > 0
+        return record, self.stop_request.agree(all_ranks.stop)
 
     def _tell(self, mine: Told) -> Told:
         return Told(*self.engine.sum(astuple(mine)))
@@ -212,19 +218,12 @@ class Trainer:
             "watch": self.watch.state(),
             "config": self.config.model_dump(mode="json"),
         }
+        if self.engine.is_main:
+            self.check_owner()
         keep = self.config.checkpoint.keep_last
         path = checkpoint.save(self.engine, self.run_dir, self.step, state, self.run_id, keep)
         for callback in self.callbacks:
             callback.on_checkpoint(self, path)
-
-    def _catch_signals(self) -> None:
-        def ask_to_stop(signum: int, frame: Any) -> None:
-            if self._stop_wanted and signum == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop_wanted = True
-
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, ask_to_stop)
 
 
 class CachedAlignment:
