@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines.errors import BadInput
+from launch.doctor.machine import check_port
 from launch.incident import Log, say
 from launch.ranks import BAD_INPUT, DONE, FAULT
 from launch.supervisor import Job, seconds_before_restart, supervise
@@ -55,20 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_nodes=num_nodes,
     )
     return supervise(job, config.supervisor)
-
-
-def check_port(port: int) -> None:
-    """Raise `BadInput` when a port of this machine, at which the ranks are to meet, is in use."""
-    with socket.socket() as probe:
-        # As torch's own store does: one that was closed a moment ago is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise BadInput(
-                f"port {port}, at which the ranks are to meet, cannot be had ({error.strerror}): "
-                "end what holds it (`ss -ltnp`), or use another --main_process_port"
-            ) from None
 
 
 def _shape(words: Sequence[str]) -> tuple[int, int, int, int]:

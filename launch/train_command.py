@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_pipelines.errors import BadInput
+from launch.doctor import check_before_start
 from launch.supervisor import Job, supervise
 from pretrain.config import load_config
 
@@ -50,6 +51,7 @@ def train_command(
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise BadInput(f"--resume {resume}: no such checkpoint folder; give auto, never, or .../checkpoints/step-N")
     ranks = num_processes or default_num_processes()
+    check_before_start(settings, ranks)
     again = ["triptych", "train", str(config), *(word for override in overrides for word in ("--set", override))]
     if num_processes is not None:
         again += ["--nproc", str(num_processes)]

@@ -128,7 +128,7 @@ def read_beat(folder: Path, rank: int) -> Beat | None:
     before, pid, step, phase, ticks, count = _LAYOUT.unpack(data)
     if not count or before != count:
         return None
-    return Beat(pid, step, PHASES[phase], count, ticks)  # type: ignore[arg-type]
+    return Beat(pid, step, PHASES[phase], count, ticks)
 
 
 def read_failure(folder: Path, rank: int) -> Failure | None:

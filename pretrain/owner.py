@@ -25,6 +25,8 @@ OWNER_FILE = "owner.json"
 # The record keeps its length, so that a heartbeat is one write in place, into this owner's file and no other's.
 _RECORD_BYTES = 1024
 _SECONDS_TO_WRITE = 5.0
+# Ranks whose launcher is gone end within 5 seconds (pretrain.orphan).
+_SECONDS_TO_END = 6.0
 
 
 class OwnershipLost(BadInput):
@@ -42,6 +44,8 @@ class Record:
     pid: int
     started: int
     """Start of the process in clock ticks since the boot: process ids are used again, this is not."""
+    parent: int
+    """Its launcher; a rank without it is about to end."""
     job_id: str | None
     job_start: int
     """Which start of its Slurm job it is; a requeued job has a higher one."""
@@ -201,6 +205,10 @@ def _succeed(
 def _why_gone(file: Path, owner: Record, mine: Record, stale_seconds: float, say: Callable[[str], None]) -> str | None:
     """Why the owner of a file counts as gone, or None where it does not."""
     gone = is_gone(owner)
+    end = time.monotonic() + _SECONDS_TO_END
+    while gone is False and _parent(owner.pid) != owner.parent and time.monotonic() < end:
+        time.sleep(0.1)
+        gone = is_gone(owner)
     if gone is not None:
         return "its process has ended" if gone else None
     if owner.job_id is not None and owner.job_id == mine.job_id and owner.job_start < mine.job_start:
@@ -226,6 +234,7 @@ def _this_process(beat_seconds: float) -> Record:
         pid_namespace=os.stat("/proc/self/ns/pid").st_ino,
         pid=pid,
         started=_started(pid) or 0,
+        parent=os.getppid(),
         job_id=os.environ.get("SLURM_JOB_ID"),
         job_start=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -237,11 +246,21 @@ def _this_process(beat_seconds: float) -> Record:
 
 def _started(pid: int) -> int | None:
     """When a process of this host started, in ticks since the boot; None where it has ended."""
+    fields = _stat(pid)
+    return None if not fields or fields[0] in "ZX" else int(fields[19])
+
+
+def _parent(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def _stat(pid: int) -> list[str]:
+    """Of /proc/PID/stat what follows the name: state, parent and so on; empty where there is no such process."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+        return []
 
 
 def _write(descriptor: int, record: Record) -> None:

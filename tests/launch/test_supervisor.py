@@ -1,4 +1,4 @@
-"""The supervisor over ranks that hang or die or lose what is above them: what it says, and that nothing stays behind."""
+"""The supervisor over ranks that hang, die or lose what is above them: what it says, and that nothing stays behind."""
 
 from __future__ import annotations
 
