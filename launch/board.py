@@ -30,7 +30,6 @@ class Board:
         self._folder, self._node, self._num_nodes = folder, node, num_nodes
         self._answered = ""
         self._next_look = 0.0
-        folder.mkdir(parents=True, exist_ok=True)
 
     def due(self) -> bool:
         """Whether it is time to look at the folder again, which may be on a slow file system."""
@@ -75,23 +74,24 @@ class Board:
         """The alarm was none."""
         (self._folder / "alarm.json").unlink(missing_ok=True)
 
-    def announce_end(self, why: str) -> None:
-        """Have the other nodes end their ranks, unless one has said so already."""
-        self._create("ended.json", {"node": self._node, "why": why})
+    def announce_end(self, why: str, status: int) -> None:
+        """Have the other nodes end their ranks with the same status, unless one has said so already."""
+        self._create("ended.json", {"node": self._node, "why": why, "status": status})
 
-    def ended(self, seconds: float = 0.0) -> str | None:
-        """Why another node has ended its ranks, waiting this long for it to say so."""
+    def ended(self, seconds: float = 0.0) -> tuple[str, int] | None:
+        """Why and with what status another node has ended its ranks, waiting this long for it to say so."""
         end = time.monotonic() + seconds
         while True:
             found = self._read("ended.json")
             if found and found.get("node") != self._node:
-                return str(found["why"])
+                return str(found["why"]), int(found["status"])
             if time.monotonic() >= end:
                 return None
             time.sleep(0.1)
 
     def _create(self, name: str, value: dict[str, Any]) -> bool:
         """Make a file whole, if no other node has."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._folder / f".tmp-{name}.{secrets.token_hex(4)}"
         temporary.write_text(json.dumps(value), encoding="utf-8")
         try:

@@ -106,7 +106,7 @@ def last_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
 
 
 class Log:
-    """`logs/supervisor.jsonl`: every start, fault and decision of the supervisors of a run, one JSON object each."""
+    """`logs/supervisor.jsonl`: every end, fault and decision of the supervisors of a run, one JSON object each."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "logs" / "supervisor.jsonl"

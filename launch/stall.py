@@ -171,6 +171,8 @@ def find_guilty(views: Sequence[RankView], silent: Sequence[str] = ()) -> Verdic
         # A moment in an uninterruptible wait is nothing; one in which no signal is answered is.
         if view.state.startswith(wrong) and (wrong != UNINTERRUPTIBLE or not view.answered)
     ]
+    if named and all(view.state == GONE for view in views):
+        return Verdict(-1, views[0].step, views[0].phase, "every rank has ended and their launcher has not")
     if named:
         view, why = named[0]
         if "worker" in view.state:

@@ -84,9 +84,11 @@ def supervise(job: Job, settings: SupervisorConfig) -> int:
         try:
             while True:
                 command = job.command if _checkpoints(job.run_dir) == before else _resuming(job.command)
-                log.write("start", attempt=len(steps) + 1)
+                started = time.time()
                 outcome = _Attempt(job, settings, signals, private, len(steps) + 1).run(command, after)
-                log.write("end", attempt=len(steps) + 1, status=outcome.status)
+                if outcome.status != BAD_INPUT:
+                    # After bad input the run directory may be another run's, and nothing may be written there.
+                    log.write("end", attempt=len(steps) + 1, started=started, status=outcome.status)
                 if outcome.incident is None:
                     return outcome.status
                 steps.append(outcome.incident.step)
@@ -193,8 +195,9 @@ class _Attempt:
             child.send_signal(number)
         try:
             outcome = self._until_end(child)
-            if self._board is not None and outcome.incident is not None:
-                self._board.announce_end(outcome.incident.headline())
+            if self._board is not None and (outcome.incident is not None or outcome.status == BAD_INPUT):
+                what = outcome.incident.headline() if outcome.incident else "bad input"
+                self._board.announce_end(what, outcome.status)
             return outcome
         finally:
             signals.child = None
@@ -212,10 +215,8 @@ class _Attempt:
                 # The folder may be on a slow file system.
                 if not self._board.due():
                     continue
-                ended = self._board.ended()
-                if ended is not None:
-                    say(f"ended with another node: {ended}")
-                    return Outcome(ENDED)
+                if (ended := self._board.ended()) is not None:
+                    return _ended_with(*ended)
                 alarm = self._board.alarm()
                 if alarm is not None:
                     self._board.answer(alarm, self._ask())
@@ -278,7 +279,8 @@ class _Attempt:
             return Outcome(ENDED, self._incident("launcher_died", -1, f"{died_of(-status)}; its ranks have ended too"))
         if status == RUN_AGAIN:
             say("stopped with a checkpoint; the same command goes on from there")
-        if status in (DONE, BAD_INPUT, RUN_AGAIN) or (signals.asked and status in _asked_statuses(signals.asked)):
+        # 130 and 143: ended by signals that somebody sent to the launcher or the ranks, before they could save.
+        if status in (DONE, BAD_INPUT, RUN_AGAIN, 128 + signal.SIGINT, 128 + signal.SIGTERM):
             return Outcome(status)
         return self._fault(status)
 
@@ -302,10 +304,8 @@ class _Attempt:
 
     def _failure(self, rank: int, failure: Failure, status: int) -> Outcome:
         if self._job.num_nodes > 1 and _LOST_PEER.search(failure.text):
-            elsewhere = self._board.ended(_SECONDS_FOR_OTHER_NODES) if self._board is not None else None
-            if elsewhere is not None:
-                say(f"ended with another node: {elsewhere}")
-                return Outcome(ENDED)
+            if self._board is not None and (ended := self._board.ended(_SECONDS_FOR_OTHER_NODES)) is not None:
+                return _ended_with(*ended)
             what = f"lost a rank of another node ({failure.line})"
             return Outcome(ENDED, self._incident("rank_died", -1, what, failure))
         worker = _DEAD_WORKER.search(failure.text)
@@ -331,6 +331,12 @@ class _Attempt:
         )
 
 
+def _ended_with(why: str, status: int) -> Outcome:
+    """The outcome of a node whose ranks ended because of another one, which has it on record."""
+    say(f"ended with another node: {why}")
+    return Outcome(status)
+
+
 def _board(job: Job) -> Board | None:
     slurm = os.environ.get("SLURM_JOB_ID")
     if job.num_nodes == 1 or not slurm:
@@ -339,10 +345,6 @@ def _board(job: Job) -> Board | None:
     start = os.environ.get("SLURM_RESTART_COUNT") or "0"
     name = f"nodes-{slurm}-{start}-{os.environ.get('SLURM_STEP_ID', '')}"
     return Board(job.run_dir / "logs" / name, job.node, job.num_nodes)
-
-
-def _asked_statuses(asked: Sequence[int]) -> set[int]:
-    return {128 + number for number in asked}
 
 
 def _ended_ranks(folder: Path) -> list[tuple[int, int]]:

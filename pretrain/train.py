@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def _train(config: Config, resume: str, allow_change: bool, pulse: Pulse | None,
     run_dir = Path(config.run.dir)
     if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
         raise BadInput(f"{run_dir} holds checkpoints and --resume is never: use another run.dir, or --resume auto")
-    build_datasets(config)
+    pulse = pulse or Pulse(global_rank())
+    with pulse.ticking() if config.data.build and owner else nullcontext():
+        build_datasets(config)
 
     from data_pipelines import open_dataset
     from data_pipelines.loader import build_loader

@@ -65,4 +65,6 @@ def test_nobody_is_blamed_without_evidence() -> None:
     assert silent.rank == -1 and "supervisor on node 1 does not answer" in silent.why
     assert find_guilty([view(0)], silent=["node 1"]).rank == -1
     assert find_guilty([]).rank == -1
+    ended = find_guilty([view(0, state="gone"), view(1, state="gone")])
+    assert ended.rank == -1 and "their launcher has not" in ended.why
     assert find_guilty([view(0)]).rank == 0
