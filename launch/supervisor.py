@@ -31,7 +31,7 @@ from pretrain.heartbeat import AFTER_VARIABLE, FOLDER_VARIABLE, Failure, read_fa
 from pretrain.stopping import STOP_FILE
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_LOOKS = 0.2
 _LARGEST_BACKOFF_SECONDS = 600.0
 # Ranks whose launcher is gone save and end by themselves within 5 seconds.
 _SECONDS_WITHOUT_LAUNCHER = 4.8

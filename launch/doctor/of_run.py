@@ -80,11 +80,11 @@ def room(config: Config) -> Finding:
     each = _folder_bytes(newest[1]) if newest else num_parameters(config) * _BYTES_A_PARAMETER
     wanted = config.checkpoint.keep_last + 1
     found = f"{size(free)} free, a checkpoint takes {about}{size(each)}, up to {wanted} are there at a time"
-    if free < each:
+    if newest and free < each:
         return error("room", found, "make room, or use another run.dir")
     there = sum(1 for _ in (run_dir / "checkpoints").glob("step-*"))
     if free < each * max(1, wanted - there):
-        return warning("room", found, "make room, or lower checkpoint.keep_last")
+        return warning("room", found, "make room, lower checkpoint.keep_last, or use another run.dir")
     return ok("room", found)
 
 

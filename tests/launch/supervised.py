@@ -59,6 +59,10 @@ while step < 2000:
                 what = ""
             if what == "sleep":
                 time.sleep(600)
+            if what == "stopped-worker":
+                worker = os.fork()
+                os.kill(worker or os.getpid(), signal.SIGSTOP)
+                os.waitpid(worker, 0)
             if what == "raise":
                 error = ValueError("the reason")
                 pulse.fail(error)

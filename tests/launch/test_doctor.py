@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data_pipelines.errors import BadInput
 from launch.doctor import check_before_start, machine, of_run
 from pretrain.config import Config
 from pretrain.owner import Owner
+from tests.ranks import ROOT
 from tests.small_run import triptych
 
 
@@ -69,7 +71,7 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.port().level == "ok"
 
 
-def test_room_for_checkpoints_and_batches(tmp_path: Path) -> None:
+def test_room_for_checkpoints_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_run.room(config(tmp_path)).level == "ok"
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     newest = tmp_path / "run" / "checkpoints" / "step-00000002"
@@ -83,7 +85,9 @@ def test_room_for_checkpoints_and_batches(tmp_path: Path) -> None:
 
     data: dict[str, object] = {"num_workers": 4, "global_batch": 10**9}
     found = machine.shared_memory(config(tmp_path, data=data), 2)
-    assert found.level == "error" and "--shm-size" in found.advice
+    assert found.level == "warning" and "--shm-size" in found.advice
+    monkeypatch.setattr(machine, "_SMALLEST_SHM_BYTES", 1 << 60)
+    assert machine.shared_memory(config(tmp_path, data=data), 2).level == "error"
     assert machine.shared_memory(config(tmp_path, data=data | {"num_workers": 0}), 2).level == "ok"
     assert machine.shared_memory(config(tmp_path, data=data | {"worker_type": "thread"}), 2).level == "ok"
 
@@ -106,6 +110,13 @@ def test_an_owner_that_is_alive_stops_a_start(tmp_path: Path) -> None:
     start = time.monotonic()
     check_before_start(config(tmp_path), 2)
     assert time.monotonic() - start < 2
+
+
+def test_the_tested_versions_are_those_of_the_constraints() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lowest = dict(line.split(">=") for line in asked)
+    assert {name: (lowest[name], pins[name]) for name in machine.TESTED} == machine.TESTED
 
 
 def test_versions_below_and_above_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:

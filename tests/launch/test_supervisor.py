@@ -78,6 +78,24 @@ def test_a_dead_launcher_takes_its_ranks_along_within_5_seconds(tmp_path: Path) 
         assert saved == [fault == "loop"] * 2
 
 
+def test_a_launcher_that_does_not_end_is_no_rank_s_fault(tmp_path: Path) -> None:
+    running = Supervised(tmp_path, "", hang_seconds=LIMIT)
+    running.pid(0)
+    (launcher,) = children(running.process.pid)
+    os.kill(launcher, signal.SIGSTOP)
+    status, said = running.end()
+    assert status == 76 and running.incident()["rank"] == -1, said
+    assert "every rank has ended and their launcher has not" in said
+
+
+def test_a_stopped_data_worker_is_named_with_its_rank(tmp_path: Path) -> None:
+    running = Supervised(tmp_path, "stopped-worker", hang_seconds=LIMIT)
+    status, said = running.end()
+    incident = running.incident()
+    assert status == 76 and (incident["rank"], incident["phase"]) == (1, "backward"), said
+    assert "its data worker is stopped" in said
+
+
 def test_a_killed_supervisor_leaves_nothing_and_the_ranks_save(tmp_path: Path) -> None:
     running = Supervised(tmp_path, "loop")
     running.pid(0)
