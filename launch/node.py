@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines.errors import BadInput
+from launch.doctor import check_before_start
 from launch.doctor.machine import check_port
 from launch.incident import Log, say
 from launch.ranks import BAD_INPUT, DONE, FAULT
@@ -38,13 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = words.index(PROGRAM)
         node, num_nodes, num_processes, port = _shape(words[: place - 1])
         config = _config(words[place + 1 :])
-        if node == 0 and port:
-            check_port(port)
+        per_node = num_processes // num_nodes
+        if node == 0:
+            check_before_start(config, per_node)
+            if port:
+                check_port(port)
     except BadInput as error:
         if node == 0:
             print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    per_node = num_processes // num_nodes
     job = Job(
         command=[sys.executable, "-m", "launch.ranks", *words],
         environment=rank_environment(os.environ, per_node),

@@ -121,7 +121,8 @@ class Watch:
         states: dict[int, str] = {}
         for rank, beat in self._beats.items():
             states[rank] = _state(beat.pid) if beat.pid in pids else GONE
-            if beat.pid in pids and catches(beat.pid, STACKS_SIGNAL):
+            # A stopped process cannot answer, and need not be waited for.
+            if beat.pid in pids and state(beat.pid) != STOPPED and catches(beat.pid, STACKS_SIGNAL):
                 asked[rank] = _size(stacks_file(self._folder, rank))
                 workers = [pid for pid in descendants(beat.pid) if catches(pid, STACKS_SIGNAL)]
                 send([beat.pid, *workers], STACKS_SIGNAL)
