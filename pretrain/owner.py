@@ -14,19 +14,20 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_pipelines.atomic import fsync_folder
 from data_pipelines.errors import BadInput, printable
+from pretrain.heartbeat import FOLDER_VARIABLE
 
 OWNER_FILE = "owner.json"
 # The record keeps its length, so that a heartbeat is one write in place, into this owner's file and no other's.
 _RECORD_BYTES = 1024
 _SECONDS_TO_WRITE = 5.0
-# Ranks whose launcher is gone end within 5 seconds (pretrain.orphan).
-_SECONDS_TO_END = 6.0
+# Ranks without their launcher end within 5 seconds (pretrain.orphan), without a supervisor within 30 (launch.ranks).
+_SECONDS_TO_END = 35.0
 
 
 class OwnershipLost(BadInput):
@@ -44,8 +45,8 @@ class Record:
     pid: int
     started: int
     """Start of the process in clock ticks since the boot: process ids are used again, this is not."""
-    parent: int
-    """Its launcher; a rank without it is about to end."""
+    ancestors: Sequence[int]
+    """Its launcher and that one's supervisor, as far as there are; a rank without them saves and ends."""
     job_id: str | None
     job_start: int
     """Which start of its Slurm job it is; a requeued job has a higher one."""
@@ -142,6 +143,11 @@ def is_gone(owner: Record) -> bool | None:
     return _started(owner.pid) != owner.started
 
 
+def is_ending(owner: Record) -> bool:
+    """Whether an owner on this host has lost what started it, so that it is about to save and end."""
+    return _ancestors(owner.pid, len(owner.ancestors)) != list(owner.ancestors)
+
+
 def _claim(run_dir: Path, candidate: Path, mine: Record, stale_seconds: float, say: Callable[[str], None]) -> None:
     """Make `candidate` the owner's file, or raise `BadInput`."""
     file = run_dir / OWNER_FILE
@@ -206,7 +212,7 @@ def _why_gone(file: Path, owner: Record, mine: Record, stale_seconds: float, say
     """Why the owner of a file counts as gone, or None where it does not."""
     gone = is_gone(owner)
     end = time.monotonic() + _SECONDS_TO_END
-    while gone is False and _parent(owner.pid) != owner.parent and time.monotonic() < end:
+    while gone is False and is_ending(owner) and time.monotonic() < end:
         time.sleep(0.1)
         gone = is_gone(owner)
     if gone is not None:
@@ -234,7 +240,7 @@ def _this_process(beat_seconds: float) -> Record:
         pid_namespace=os.stat("/proc/self/ns/pid").st_ino,
         pid=pid,
         started=_started(pid) or 0,
-        parent=os.getppid(),
+        ancestors=_ancestors(pid, 2 if FOLDER_VARIABLE in os.environ else 1),
         job_id=os.environ.get("SLURM_JOB_ID"),
         job_start=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -250,9 +256,13 @@ def _started(pid: int) -> int | None:
     return None if not fields or fields[0] in "ZX" else int(fields[19])
 
 
-def _parent(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[1]) if fields else None
+def _ancestors(pid: int, num: int) -> list[int]:
+    """The parent of a process, that one's parent, and so on."""
+    found: list[int] = []
+    while len(found) < num and (fields := _stat(pid)):
+        pid = int(fields[1])
+        found.append(pid)
+    return found
 
 
 def _stat(pid: int) -> list[str]:
@@ -284,6 +294,7 @@ def _read(file: Path) -> Record | None:
         record.heartbeat,
         record.beat_seconds,
     )
+    numbers = (*numbers, *record.ancestors) if isinstance(record.ancestors, list) else (None,)
     return record if all(isinstance(number, (int, float)) for number in numbers) else None
 
 

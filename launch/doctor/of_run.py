@@ -14,7 +14,7 @@ from launch.doctor.finding import Finding, error, ok, size, warning
 from launch.doctor.machine import num_parameters
 from launch.incident import last_checkpoint
 from pretrain.config import Config
-from pretrain.owner import is_gone, read_owner
+from pretrain.owner import is_ending, is_gone, read_owner
 
 _SLOW_SECONDS = 2.0
 # Weights, their fp32 master copies and two moments, in fp32.
@@ -68,6 +68,8 @@ def owner(config: Config) -> Finding:
         )
     if gone:
         return ok("owner", f"{found}: its process has ended, the next start follows it")
+    if is_ending(found):
+        return warning("owner", f"{found}: has lost its launcher or supervisor", "a start waits for it to save and end")
     return error("owner", f"a run that is going on ({found})", "stop that one first, or use another run.dir")
 
 

@@ -106,6 +106,10 @@ def test_an_owner_that_is_alive_stops_a_start(tmp_path: Path) -> None:
     owner = Owner.take(tmp_path / "run", 60, print)
     with pytest.raises(BadInput, match=f"owner: a run that is going on .*process {os.getpid()}"):
         check_before_start(config(tmp_path), 2)
+    record = json.loads((tmp_path / "run" / "owner.json").read_text())
+    (tmp_path / "run" / "owner.json").write_text(json.dumps(record | {"ancestors": [1]}))
+    found = of_run.owner(config(tmp_path))
+    assert found.level == "warning" and "waits for it to save and end" in found.advice
     owner.give_back()
     start = time.monotonic()
     check_before_start(config(tmp_path), 2)

@@ -141,8 +141,8 @@ def test_an_owner_that_lost_its_launcher_is_waited_for(tmp_path: Path, starters:
     ending = start(starters, tmp_path)
     assert go(ending) == "taken"
     record = read_owner(tmp_path)
-    assert record is not None and record.parent == os.getpid()
-    forge(tmp_path, replace(record, parent=1))
+    assert record is not None and record.ancestors == [os.getpid()]
+    forge(tmp_path, replace(record, ancestors=[1]))
     with ThreadPoolExecutor(1) as pool:
         kill = pool.submit(lambda: (time.sleep(1.0), ending.kill()))
         owner, said = take(tmp_path)
@@ -175,7 +175,7 @@ def test_an_owner_elsewhere_is_watched_by_our_own_clock(tmp_path: Path, starters
 
 def test_a_requeued_job_follows_itself_at_once(tmp_path: Path, starters: list[subprocess.Popen[str]]) -> None:
     job = start(starters, tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
-    record = Record("node7", "boot", 1, 2, 3, 4, "7", 0, "yesterday", "t", 10.0, 1.0)
+    record = Record("node7", "boot", 1, 2, 3, [4], "7", 0, "yesterday", "t", 10.0, 1.0)
     forge(tmp_path, record)
     assert go(job) == "taken"
     other = start(starters, tmp_path / "other", 1, SLURM_JOB_ID="8", SLURM_RESTART_COUNT="1")
