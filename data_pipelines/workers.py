@@ -86,8 +86,8 @@ def _obey_parent_alone(parent: int) -> None:
 def _start_worker(parent: int, by_main_thread: bool, _worker: int) -> None:
     # A scheduler signals every process of a job. The rank decides what a signal means; a worker that died of it would
     # take the rank down before its checkpoint is saved. The rank's own SIGTERM must still end the worker: Python sends
-    # it at exit and then waits.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    # it at exit and then waits. SIGUSR2 stays as it is: a rank has it print stacks, and so do its workers.
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_parent_alone, args=(parent,), name="signals", daemon=True).start()

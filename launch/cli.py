@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from launch import data_commands
 from launch.demo import demo_command
-from launch.errors import exits_cleanly
+from launch.errors import BAD_INPUT, exits_cleanly
 from launch.eval_commands import eval_command
 from launch.export_commands import export_command, verify_command
 
@@ -81,11 +81,30 @@ def train(
 ) -> None:
     """Train on this machine.
 
-    Exit status: 0 done; 1 a fault of Triptych's; 2 bad input; 75 stopped on purpose with a checkpoint, run it again.
+    Exit status: 0 done; 1 a fault of Triptych's; 2 bad input; 75 stopped on purpose with a checkpoint, run it again; 76
+    a rank hung or died, and the others were ended.
     """
     from launch.train_command import train_command
 
     raise typer.Exit(train_command(config, set or (), nproc, resume, allow_change or ()))
+
+
+@app.command(epilog="example: triptych doctor configs/digits.yaml --json")
+@exits_cleanly
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a run; without it, the machine alone.")] = None,
+    set: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a GPU, or two on a CPU.")] = None,
+    json: Json = False,
+) -> None:
+    """Check whether a run would work here, and say what to do.
+
+    Exit status: 0 it would, 2 something would stop it.
+    """
+    from launch.doctor_command import doctor_command
+
+    if not doctor_command(config, set or (), nproc, json):
+        raise typer.Exit(BAD_INPUT)
 
 
 @app.command(epilog="example: triptych checkpoints runs/demo/run --json")

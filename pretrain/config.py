@@ -166,10 +166,23 @@ class WatchConfig(Settings):
 
 
 class SupervisorConfig(Settings):
-    """The process that watches the ranks. Kept for it: nothing reads these settings yet."""
+    """The process that watches the ranks, ends them when they hang, and starts them again where asked."""
 
-    hang_seconds: PositiveInt = Field(600, description="(Reserved) A rank without progress for this long is a hang.")
-    max_restarts: int = Field(0, ge=0, description="(Reserved) Restarts after a fault.")
+    hang_seconds: PositiveInt = Field(
+        600, description="Ranks without a sign of life for this long hang, and are ended."
+    )
+    start_seconds: PositiveInt = Field(
+        1800, description="The same before the first step, while they import, build datasets and verify checkpoints."
+    )
+    max_restarts: int = Field(0, ge=0, description="Starts after a fault, a dead rank or a hang.")
+    backoff_seconds: float = Field(
+        10.0, ge=0, description="Wait before the first of them; doubles each time, up to 10 minutes."
+    )
+    owner_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="A run on another host that shows no sign of life for this long loses its run directory.",
+    )
 
 
 class SlurmConfig(Settings):

@@ -6,7 +6,7 @@ Exit status: 0 done; 1 a fault of ours; 2 bad input, said in one line by rank 0;
 from __future__ import annotations
 
 import argparse
-import ctypes
+import functools
 import json
 import os
 import platform
@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from data_pipelines.atomic import atomic_file
 from data_pipelines.errors import BadInput, printable
 from pretrain import checkpoint
 from pretrain.changes import MIXTURE, Difference, check_fields, covers, spell_out
+from pretrain.config import Config, dump_config, load_config
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
+from pretrain.heartbeat import AFTER_VARIABLE, Pulse, answer_with_stacks
+from pretrain.orphan import end_with_launcher
+from pretrain.owner import Owner
 from pretrain.resume import TrainerState, candidate, check, check_tokenizer, reader_versions, tokenizers_of
 from pretrain.watch import LimitPassed
 
-_PR_SET_PDEATHSIG = 1
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
 LET_RANK_0_SPEAK_SECONDS = 20.0
 
@@ -56,9 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(spell_out(sys.argv[1:] if arguments is None else arguments))
     prepare_environment()
-    stop_with_launcher()
+    end_with_launcher()
+    answer_with_stacks(global_rank())
+    pulse = Pulse(global_rank())
     try:
-        return DONE if train(options.config, options.set, options.resume, options.allow_change) else STOPPED
+        done = train(options.config, options.set, options.resume, options.allow_change, pulse)
+        return DONE if done else STOPPED
     except BadInput as error:
         if global_rank() and not isinstance(error, SeenByOneRank):
             let_rank_0_speak()
@@ -73,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAULT
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
+        pulse.fail(error)
         print(f"rank {global_rank()}:\n{traceback.format_exc()}", file=sys.stderr)
         return FAULT
 
@@ -84,30 +92,42 @@ def let_rank_0_speak() -> None:
     time.sleep(LET_RANK_0_SPEAK_SECONDS)
 
 
-def stop_with_launcher() -> None:
-    """Have the kernel send SIGTERM (save and stop) when the torchelastic launcher dies; else ranks train on alone."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def train(
+    config_path: str,
+    overrides: Sequence[str],
+    resume: str,
+    allow_change: Sequence[str] = (),
+    pulse: Pulse | None = None,
+) -> bool:
+    """Train as `config_path` says, as the one owner of the run directory.
 
-
-def train(config_path: str, overrides: Sequence[str], resume: str, allow_change: Sequence[str] = ()) -> bool:
-    """Train as `config_path` says, going on from a checkpoint though the settings in `allow_change` differ from its.
+    Going on from a checkpoint, the settings in `allow_change` may differ from its.
 
     Returns:
         True when the last step is done, false when stopped on purpose with a checkpoint saved.
     """
-    from pretrain.config import dump_config, load_config
-
     config = load_config(config_path, overrides)
     accumulation_steps(config, global_world_size())
+    if global_rank():
+        return _train(config, resume, allow_change, pulse, None)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    owner = Owner.take(Path(config.run.dir), config.supervisor.owner_seconds, say)
+    try:
+        return _train(config, resume, allow_change, pulse, owner)
+    finally:
+        owner.give_back()
+
+
+def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Pulse | None, owner: Owner | None) -> bool:
     run_dir = Path(config.run.dir)
     if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
         raise BadInput(f"{run_dir} holds checkpoints and --resume is never: use another run.dir, or --resume auto")
     check_fields(allow_change)
     likely = candidate(run_dir, resume)
     changed = changed_settings(likely, config, allow_change)
-    build_datasets(config)
+    pulse = pulse or Pulse(global_rank())
+    with pulse.ticking() if config.data.build and owner else nullcontext():
+        build_datasets(config)
 
     from data_pipelines import open_dataset
     from data_pipelines.loader import build_loader
@@ -116,16 +136,14 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
     from pretrain.callbacks.logs import Console, MetricsFile, TensorBoard
     from pretrain.checkpoint.generators import derive_generators
     from pretrain.consumption import data_facts
-    from pretrain.heartbeat import Pulse
+    from pretrain.environment import check_same_environment
     from pretrain.model.omni import OmniPretrainer
     from pretrain.trainer import Trainer
 
-    pulse = Pulse(global_rank())
     engine = Engine(config)
     engine.barrier()
     try:
-        if engine.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
+        check_same_environment(engine, versions())
         start, passed = find_start(run_dir, resume, engine)
         for bad in passed:
             if engine.is_main:
@@ -167,6 +185,8 @@ def train(config_path: str, overrides: Sequence[str], resume: str, allow_change:
         )
         trainer.step = step
         trainer.made_with = {"tokenizer": tokenizers, "versions": reader_versions()}
+        if owner is not None:
+            trainer.check_owner = owner.check
         if start is not None and old is not None:
             trainer.watch.resume(old.watch)
             trainer.cursor.resume(old.cursor)
@@ -234,7 +254,8 @@ def write_run_files(
     else:
         run["restarts"] += 1
     run["world_sizes"].append(engine.world_size)
-    run["starts"].append({"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)})
+    start = {"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)}
+    run["starts"].append(start | {"after": os.environ.get(AFTER_VARIABLE) or None})
     run["versions"] = versions()
     kept = run.setdefault("changes", [])
     kept += [entry for entry in (difference.record(step) for difference in changed) if entry not in kept]

@@ -10,7 +10,6 @@ al., 2021). Losses therefore do not depend on world size or accumulation.
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -26,7 +25,6 @@ from pretrain import checkpoint, universal
 from pretrain.callbacks import Callback, StepRecord
 from pretrain.config import Config
 from pretrain.cursor import Cursor
-from pretrain.deadline import Deadline
 from pretrain.engine import Engine
 from pretrain.heartbeat import Pulse
 from pretrain.incident import Share, decided, describe, share_of
@@ -36,6 +34,7 @@ from pretrain.objectives import joint
 from pretrain.objectives.align import Embeddings, align_loss
 from pretrain.roll_back import roll_back
 from pretrain.schedule import learning_rate
+from pretrain.stopping import StopRequest
 from pretrain.watch import LimitPassed, Watch
 
 _LOCAL_COUNTS = ("text", "image", "audio")
@@ -50,7 +49,7 @@ class Told:
     audio: float
     tokens: float
     stop: float
-    """1 from a rank that was asked to stop."""
+    """More than 0 from a rank that was asked to stop; which way, `StopRequest` knows."""
     saved: float
     """1 from a rank that has done its part of the checkpoint that is being written."""
     consumed: float
@@ -82,7 +81,9 @@ class Trainer:
         self.remote_wait_seconds = remote_wait_seconds
         self.pulse = pulse or Pulse(engine.rank)
         self.watch = Watch(config.watch)
-        self.saver = checkpoint.Saver(engine, run_dir, run_id, config.checkpoint, self._alive_in_checkpoint)
+        self.saver = checkpoint.Saver(
+            engine, run_dir, run_id, config.checkpoint, self._alive_in_checkpoint, lambda: self.check_owner()
+        )
         self.step = 0
         """Optimizer steps done, skipped ones among them."""
         self.cursor = Cursor()
@@ -94,8 +95,9 @@ class Trainer:
         self._suspect: Share | None = None
         self.made_with: dict[str, Any] = {}
         """What every checkpoint says of what the run was made with besides its config, for JSON."""
-        self._stop_wanted = False
-        self._deadline = Deadline(config.run.stop_before)
+        self.stop_request = StopRequest(config, engine.rank, engine.world_size)
+        self.check_owner: Callable[[], None] = lambda: None
+        """Rank 0 asks it when a save begins and before it commits; it raises when another run has the run directory."""
 
     def run(self, batches: Callable[[range], Iterator[dict[str, Any]]]) -> bool:
         """Train to the last step, or until a signal asks to stop.
@@ -110,7 +112,7 @@ class Trainer:
             LimitPassed: the numbers went wrong for too long; the last checkpoint is older than that.
             SaveFailed: a checkpoint could not be written, and it was the last one or `checkpoint.on_failure` says stop.
         """
-        self._catch_signals()
+        self.stop_request.catch_signals()
         for callback in self.callbacks:
             callback.on_start(self)
         self.engine.module.train()
@@ -125,6 +127,8 @@ class Trainer:
                 coming = self._coming(batches)
                 continue
             done = self.step == self.config.train.max_steps
+            if stopped and self.engine.is_main:
+                print(f"stopping after step {self.step}: {self.stop_request.reason}", file=sys.stderr, flush=True)
             if done or stopped or self.step % self.config.checkpoint.every_steps == 0:
                 self._save(last=done or stopped)
             if not stopped:
@@ -132,6 +136,8 @@ class Trainer:
                     callback.after_step(self, record)
         for callback in self.callbacks:
             callback.on_end(self)
+        if stopped:
+            self.stop_request.done()
         self.pulse.beat("end", self.step)
         return not stopped
 
@@ -168,16 +174,17 @@ class Trainer:
         self.pulse.beat("data", self.step + 1)
         started, remote_wait = time.perf_counter(), self.remote_wait_seconds()
         batch = next(batches)
+        # From here on a rank may wait for another one that still waits for its data.
+        self.pulse.beat("forward", self.step + 1)
         data_wait, remote_wait = time.perf_counter() - started, self.remote_wait_seconds() - remote_wait
 
         micro_batches = split(batch, self.engine.accumulation)
         plans = [self.engine.model.plan(micro) for micro in micro_batches]
         local = [float(sum(plan.counts[name] for plan in plans)) for name in _LOCAL_COUNTS]
         tokens = float(sum(plan.num_tokens for plan in plans))
-        stop = self._stop_wanted or self._deadline.passed()
         consumed = float(id_checksums(batch["index"].numpy()))
-        mine = Told(*local, tokens=tokens, stop=float(stop), saved=self.saver.told(), consumed=consumed)
-        all_ranks = self._tell(mine)
+        stop = self.stop_request.told()
+        all_ranks = self._tell(Told(*local, tokens=tokens, stop=stop, saved=self.saver.told(), consumed=consumed))
         self._settle(self.saver.hear(all_ranks.saved))
         self.consumed = int(all_ranks.consumed) % CHECKSUM_MODULUS
         counts = {name: int(getattr(all_ranks, name)) for name in _LOCAL_COUNTS}
@@ -219,7 +226,7 @@ class Trainer:
             rss_bytes=psutil.Process().memory_info().rss,
             skipped=None if verdict.update else verdict.reason,
         )
-        return record, all_ranks.stop > 0
+        return record, self.stop_request.agree(all_ranks.stop)
 
     def _tell(self, mine: Told) -> Told:
         return Told(*self.engine.sum(astuple(mine)))
@@ -262,6 +269,8 @@ class Trainer:
 
     def _save(self, last: bool) -> None:
         self.finish_saving()
+        if self.engine.is_main:
+            self.check_owner()
         for callback in self.callbacks:
             callback.before_checkpoint(self)
         state = {
@@ -301,15 +310,6 @@ class Trainer:
 
     def _alive_in_checkpoint(self) -> None:
         self.pulse.beat("checkpoint", self.step)
-
-    def _catch_signals(self) -> None:
-        def ask_to_stop(signum: int, frame: Any) -> None:
-            if self._stop_wanted and signum == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop_wanted = True
-
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, ask_to_stop)
 
 
 class CachedAlignment:

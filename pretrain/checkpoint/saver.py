@@ -88,6 +88,7 @@ class Saver:
         run_id: str,
         config: CheckpointConfig,
         alive: Callable[[], None] = lambda: None,
+        may_commit: Callable[[], None] = lambda: None,
     ) -> None:
         """Clear what an earlier process of this run left half done, too.
 
@@ -97,8 +98,10 @@ class Saver:
             run_id: id of the run, which goes into every file.
             config: how many to keep.
             alive: called while a wait makes progress.
+            may_commit: called on rank 0, in its thread, before a checkpoint gets its name; what it raises is why not.
         """
-        self._engine, self._run_dir, self._run_id, self._config, self._alive = engine, run_dir, run_id, config, alive
+        self._engine, self._run_dir, self._run_id, self._config = engine, run_dir, run_id, config
+        self._alive, self._may_commit = alive, may_commit
         self._buffers = HostBuffers(pinned=engine.device.type == "cuda")
         self._thread = WriterThread()
         self._pending: _Pending | None = None
@@ -233,6 +236,7 @@ class Saver:
 
     def _commit(self, work: Path, manifest: dict[str, Any]) -> None:
         try:
+            self._may_commit()
             commit(work, self._run_dir, manifest)
         except BaseException:
             discard(work)

@@ -69,7 +69,7 @@ def main(run_dir: Path) -> None:
     for path in sorted(cases.iterdir()):
         ways = {
             "verify": lambda path=path: _verified(path),
-            "resume": lambda path=path: checkpoint.load(engine, path),
+            "resume": lambda path=path: checkpoint.load(engine, path, path.parent.parent),
             "state": lambda path=path: checkpoint.read_state(path),
             "weights": lambda path=path: list(open_weights(path).values()),
             "universal": lambda path=path: to_universal(path),

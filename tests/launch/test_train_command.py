@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import BadInput
-from launch.ranks import children, joint_status
+from launch.processes import children
+from launch.ranks import joint_status
 from launch.train_command import default_num_processes, rank_environment, train_arguments, train_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,10 +68,13 @@ end(0)
 SUPERVISOR = """
 import os, sys
 from pathlib import Path
-from launch.train_command import rank_environment, supervise, train_arguments
+from launch.supervisor import Job, supervise
+from launch.train_command import rank_environment, train_arguments
+from pretrain.config import SupervisorConfig
 command = train_arguments(Path("x.yaml"), (), 2, "auto")
 command = [*command[: command.index("pretrain.train") - 1], *sys.argv[1:]]
-sys.exit(supervise(command, rank_environment(os.environ, 2)))
+job = Job(command, rank_environment(os.environ, 2), Path(sys.argv[3]), "the command again", range(2))
+sys.exit(supervise(job, SupervisorConfig()))
 """
 
 
@@ -117,7 +121,12 @@ class Running:
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
 def test_the_ranks_own_status_comes_back(tmp_path: Path) -> None:
-    cases = [("done", 0, ""), ("both-2", 2, ""), ("one-fails", 1, "the reason"), ("one-killed", 137, "by SIGKILL")]
+    cases = [
+        ("done", 0, ""),
+        ("both-2", 2, ""),
+        ("one-fails", 1, "the reason"),
+        ("one-killed", 76, "rank 1: killed by SIGKILL"),
+    ]
     for mode, status, says in cases:
         code, stderr = Running(tmp_path, mode).end()
         assert code == status and says in stderr, stderr
@@ -139,22 +148,11 @@ def test_a_signal_reaches_the_ranks_and_75_comes_back(tmp_path: Path, name: str)
 
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
-def test_nothing_stays_behind(tmp_path: Path) -> None:
-    twice = Running(tmp_path / "a", "deaf").wait_until_up()
-    for _ in range(2):
-        twice.process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-    assert twice.end()[0] == 130
-
-    launcher_killed = Running(tmp_path / "b", "deaf").wait_until_up()
-    os.kill(launcher_killed.launcher, signal.SIGKILL)
-    code, stderr = launcher_killed.end()
-    assert code == 137 and "the launcher was killed by signal 9" in stderr
-
-    supervisor_killed = Running(tmp_path / "c", "loop").wait_until_up()
-    supervisor_killed.process.kill()
-    supervisor_killed.end()
-    assert all((supervisor_killed.folder / f"saved-{rank}").exists() for rank in (0, 1))
+def test_a_killed_supervisor_leaves_nothing_behind(tmp_path: Path) -> None:
+    running = Running(tmp_path, "loop").wait_until_up()
+    running.process.kill()
+    running.end()
+    assert all((running.folder / f"saved-{rank}").exists() for rank in (0, 1))
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGUSR1", 75), ("SIGTERM", 143), ("SIGINT", 130)])
@@ -178,6 +176,9 @@ def test_a_signal_before_any_rank_ends_the_launcher(name: str, status: int) -> N
         ((75, 1), (), 1),
         ((75, -15), (), 75),
         ((75, -9), (), 137),
+        ((1, -9), (), 137),
+        ((1, -6), (), 1),
+        ((0, -6), (), 134),
         ((-15, -15), (), 143),
         ((-10, -10), (10,), 75),
         ((-10, 0), (), 138),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.slurm.conftest import Cluster
@@ -26,11 +27,14 @@ PROGRAM = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
+from pretrain.heartbeat import Pulse, answer_with_stacks
 got = []
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda n, f: got.append(n))
 rank, mode, folder = int(os.environ["RANK"]), sys.argv[1], Path("marks")
 start = os.environ.get("SLURM_RESTART_COUNT", "0")
+answer_with_stacks(rank)
+pulse = Pulse(rank)
 dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
@@ -38,8 +42,11 @@ seen = {"sum": total.item(), "host": socket.gethostname(), "arguments": sys.argv
 (folder / f"{start}-rank-{rank}.json").write_text(json.dumps(seen))
 if mode == "bad":
     os._exit(2)
-while mode == "loop" and start == "0":
+step = 0
+while mode in ("loop", "hang") and start == "0":
     time.sleep(0.1)
+    step += 1
+    pulse.beat("forward", step)
     stop = torch.tensor([len(got)])
     dist.all_reduce(stop)
     if stop.item():
@@ -54,8 +61,13 @@ os._exit(0)
 @pytest.fixture
 def submit_folder(tmp_path: Path) -> Path:
     (tmp_path / "pretrain").mkdir()
-    (tmp_path / "pretrain" / "__init__.py").touch()
+    (tmp_path / "pretrain" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'pretrain')!r})")
     (tmp_path / "pretrain" / "train.py").write_text(PROGRAM)
+    supervisor = {"hang_seconds": 6, "max_restarts": 1}
+    for mode in ("ok", "bad", "loop", "hang"):
+        (tmp_path / mode).write_text(
+            json.dumps({"run": {"dir": "run"}, "data": {"train": "unused"}, "supervisor": supervisor})
+        )
     (tmp_path / "marks").mkdir()
     return with_python(tmp_path)
 
@@ -135,6 +147,32 @@ def test_a_preempted_job_saves_and_comes_back(cluster: Cluster, submit_folder: P
     cluster.wait(urgent, "COMPLETED")
     assert int(cluster.wait(job, "COMPLETED")["Restarts"]) >= 1
     assert all((submit_folder / "marks" / f"saved-{rank}").exists() for rank in (0, 1))
+
+
+def test_a_rank_that_hangs_is_named_on_both_nodes_and_the_job_starts_again(
+    cluster: Cluster, submit_folder: Path
+) -> None:
+    job = submit(cluster, submit_folder, [], "hang")
+    wait_for(cluster, job, submit_folder / "marks" / "0-rank-1.json")
+    (second,) = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"pretrain.train", "hang"} <= set(process.info["cmdline"] or ())
+        and "launch.node" not in process.info["cmdline"]
+        and "launch.ranks" not in process.info["cmdline"]
+        and process.environ().get("RANK") == "1"
+    ]
+    second.suspend()
+    done = cluster.wait(job, "COMPLETED")
+    text = log(submit_folder, job)
+    assert done["Restarts"] == "1", text
+    (file,) = (submit_folder / "run").glob("incident-*.json")
+    incident = json.loads(file.read_text())
+    assert (incident["kind"], incident["rank"], incident["host"]) == ("hang", 1, "node2"), text
+    assert [rank["host"] for rank in sorted(incident["ranks"], key=lambda rank: rank["rank"])] == ["node1", "node2"]
+    assert "all_reduce" in incident["stacks"]["0"]
+    assert text.count("it is stopped (SIGSTOP)") == 2 and "ended with another node: rank 1" in text
+    assert "restart 1 of 1" in text and "back into the queue" in text
 
 
 def test_a_whole_run_on_two_nodes_goes_on_after_a_requeue(cluster: Cluster, tmp_path: Path) -> None:
