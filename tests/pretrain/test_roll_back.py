@@ -188,6 +188,6 @@ def test_a_run_that_has_to_stop_says_so_in_one_line(home: Path) -> None:
     status, errors = finish(start(ALONE, str(config), "--set", "watch.max_spikes=1"))
     assert status == 1 and "Traceback" not in errors
     said = [line for line in errors.splitlines() if line.startswith("stopped at ")]
-    assert len(said) == 1 and "stopped at step 11: 1 steps in a row were spikes (watch.max_spikes)" in said[0]
+    assert len(said) == 1 and "stopped at step 11: spikes in a row: 1 (watch.max_spikes), step 11; of the" in said[0]
     file = said[0].split("samples in ")[1]
     assert json.loads(Path(file).read_text())["action"] == "stop"
