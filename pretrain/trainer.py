@@ -192,7 +192,7 @@ class Trainer:
         rate = learning_rate(self.step, self.config.train)
         totals, counts, scale = self.backward(micro_batches, plans, counts)
         loss, parts = joint.means(totals, counts, self.config.losses)
-        self.watch.see_loss(loss)
+        self.watch.see_loss(self.step + 1, loss)
         self.pulse.beat("optimizer", self.step + 1)
         self.engine.update(rate, self.watch.accepts)
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from data_pipelines.progress import counted
 from pretrain.config import WatchConfig
 from pretrain.spikes import Recent
 
@@ -53,12 +54,12 @@ class Watch:
         self._spikes = 0
         self.roll_backs = 0
         """Times that the run went back to a checkpoint."""
-        self._loss = math.nan
+        self._step, self._loss = 0, math.nan
         self.verdict = GO
 
-    def see_loss(self, loss: float) -> None:
-        """Begin to judge a step by its global loss."""
-        self._loss = loss
+    def see_loss(self, step: int, loss: float) -> None:
+        """Begin to judge a step, of which 1 is the first, by its global loss."""
+        self._step, self._loss = step, loss
         self.verdict = GO if math.isfinite(loss) else Verdict("skip", "loss_not_finite", f"the loss is {loss}")
 
     def accepts(self, norm: float) -> bool:
@@ -71,8 +72,8 @@ class Watch:
         else:
             self._non_finite += 1
             if self._non_finite >= self._config.max_non_finite:
-                had = f"{self._non_finite} steps in a row had a loss or gradient that is not finite"
-                self._stop(f"{had} (watch.max_non_finite)")
+                had = f"{counted(self._non_finite, 'step')} in a row had a loss or gradient that is not finite"
+                self._stop(f"{had} (watch.max_non_finite): {self._last(self._non_finite)}")
         if self.verdict.update:
             self._spikes = 0
             self._losses.add(self._loss)
@@ -94,10 +95,14 @@ class Watch:
         self._spikes += 1
         self.verdict = Verdict(self._config.policy, kind, reason, worst)
         if self._spikes >= self._config.max_spikes:
-            self._stop(f"{self._spikes} steps in a row were spikes (watch.max_spikes); of this one {reason}")
+            row = f"spikes in a row: {self._spikes} (watch.max_spikes), {self._last(self._spikes)}"
+            self._stop(f"{row}; of the last one {reason}")
         elif self._config.policy == "roll_back" and self.roll_backs >= self._config.max_roll_backs:
             self._stop(f"{reason}, and the run has gone back {self.roll_backs} times (watch.max_roll_backs)")
         return self.verdict
+
+    def _last(self, count: int) -> str:
+        return f"step {self._step}" if count == 1 else f"steps {self._step - count + 1} to {self._step}"
 
     def _stop(self, reason: str) -> None:
         self.verdict = replace(self.verdict, action="stop", reason=reason)

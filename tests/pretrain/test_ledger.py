@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from data_pipelines.dataset import open_dataset
 from data_pipelines.errors import BadInput
 from data_pipelines.progress import Progress
+from pretrain import consumption
 from pretrain.consumption import MISSING, OTHERS, PASSED_OVER, DataPlans, Proof, check_batches, prove
 from pretrain.cursor import Cursor
 from pretrain.ledger import (
@@ -135,15 +136,20 @@ def test_a_mixture_that_changes_and_grows_stays_exact(home: Path, tmp_path: Path
     assert {key[0] for key in keys} == {"a", "b"}
 
 
-def test_what_was_consumed_twice_is_found(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [3, 12], ids=["in the epoch under way", "in an epoch that is whole"])
+@pytest.mark.parametrize("at_once", [BATCH, 1 << 18])
+def test_what_was_consumed_twice_is_found(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, at_once: int
+) -> None:
+    monkeypatch.setattr(consumption, "_CHUNK_SAMPLES", at_once)
     run = Run(tmp_path, [open_dataset(home / "a")])
     run.start()
-    run.steps(3)
+    run.steps(steps)
     run.cursor.batch = 1
     run.steps(1)
     proof = proof_of(tmp_path)
     assert not proof.exact and len(proof.repeated) == BATCH
-    assert {(each.step, each.batch) for each in proof.repeated} == {(4, 1)}
+    assert {(each.step, each.batch) for each in proof.repeated} == {(steps + 1, 1)}
     expected = {f"a-{number:02d}" for number in run.sequence.batch(1).sample.tolist()}
     assert {each.sample.key for each in proof.repeated} == expected
 
@@ -215,13 +221,15 @@ def test_a_full_disk_loses_nothing_once_there_is_room_again(tmp_path: Path) -> N
     try:
         writer = LedgerWriter(tmp_path)
         writer.begin("start", 0, 0, world_size=1, data={})
+        for step in range(1, 11):
+            writer.add(step, step - 1, 7, Outcome.TRAINED)
         filling = tmp_path / "filling"
         with contextlib.suppress(OSError):
             filling.write_bytes(bytes(1 << 17))
-        # More than what is left of the files' last pages.
-        for step in range(1, 401):
+        # The last page takes some more, the last of them in part.
+        for step in range(11, 401):
             writer.add(step, step - 1, 7, Outcome.TRAINED)
-        assert not writer.flush() and len(effective(tmp_path)) < 400
+        assert not writer.flush() and 10 < len(effective(tmp_path)) < 400
         filling.unlink()
         assert writer.flush()
         writer.close()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from pretrain.ledger import Ledger, Outcome
-from tests.pretrain.test_train import ALONE, LAUNCH, config_file, finish, kill_tree, metrics, wait_for_step
+from tests.pretrain.test_train import ALONE, LAUNCH, config_file, finish, kill_tree, metrics
 from tests.ranks import run_ranks
 from tests.small_run import ROOT, small_dataset
 
@@ -124,6 +124,18 @@ def wait_for_incident(run: Path, kind: str, process: subprocess.Popen[str], time
         time.sleep(0.02)
 
 
+def wait_for_records(run: Path, starts: int, more: int, process: subprocess.Popen[str], timeout: float = 150) -> None:
+    """Until the run has started so often, and this start has written so many records or come to its end."""
+    end = time.monotonic() + timeout
+    while process.poll() is None:
+        assert time.monotonic() < end
+        ledger = Ledger.read(run)
+        begun = [each.number for each in ledger.stretches if each.kind == "start"]
+        if len(begun) == starts and (ledger.records["stretch"] >= begun[-1]).sum() >= more:
+            return
+        time.sleep(0.02)
+
+
 def ask(run: Path, *options: str) -> Any:
     done = CliRunner().invoke(app, ["ledger", str(run), *options, "--json"])
     assert done.exit_code == 0, done.output
@@ -150,7 +162,7 @@ def test_killed_and_rolled_back_a_run_is_the_undisturbed_one_and_its_ledger_exac
         process = start(LAUNCH, str(config))
         try:
             if kill:
-                wait_for_step(run, random.randint(3, STEPS - 3), process)
+                wait_for_records(run, kill + 1, random.randint(1, 4), process)
             else:
                 # Right after the roll-back, before a checkpoint knows of it.
                 wait_for_incident(run, "loss_spike", process)
@@ -188,6 +200,6 @@ def test_a_run_that_has_to_stop_says_so_in_one_line(home: Path) -> None:
     status, errors = finish(start(ALONE, str(config), "--set", "watch.max_spikes=1"))
     assert status == 1 and "Traceback" not in errors
     said = [line for line in errors.splitlines() if line.startswith("stopped: ")]
-    assert len(said) == 1 and "stopped: step 11: 1 steps in a row were spikes (watch.max_spikes)" in said[0]
+    assert len(said) == 1 and "stopped: step 11: spikes in a row: 1 (watch.max_spikes), step 11; of the" in said[0]
     file = said[0].split("samples in ")[1]
     assert json.loads(Path(file).read_text())["action"] == "stop"

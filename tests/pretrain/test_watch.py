@@ -20,8 +20,8 @@ from pretrain.watch import Verdict, Watch
 CURVES = Path(__file__).parent / "curves.json.gz"
 
 
-def judge(watch: Watch, loss: float, norm: float = 1.0) -> Verdict:
-    watch.see_loss(loss)
+def judge(watch: Watch, loss: float, norm: float = 1.0, step: int = 10) -> Verdict:
+    watch.see_loss(step, loss)
     assert watch.accepts(norm) == watch.verdict.update
     return watch.verdict
 
@@ -107,7 +107,7 @@ def test_what_was_skipped_is_no_history_and_too_many_in_a_row_stop() -> None:
     assert {**watch.state(), "spikes": 0} == before
     assert judge(watch, 3.0).action == "go"
     assert [judge(watch, 90.0).action for _ in range(3)] == ["skip", "skip", "stop"]
-    assert "3 steps in a row were spikes (watch.max_spikes)" in str(watch.verdict.reason)
+    assert "spikes in a row: 3 (watch.max_spikes), steps 8 to 10; of the last one the" in str(watch.verdict.reason)
     assert not watch.verdict.update
 
 
@@ -132,7 +132,8 @@ def test_what_is_not_finite_is_skipped_and_no_spike() -> None:
     assert {**watch.state(), "non_finite": 0} == before
     stopped = judge(watch, math.inf, 1.0)
     assert stopped.action == "stop" and stopped.kind == "loss_not_finite"
-    assert "3 steps in a row had a loss or gradient that is not finite (watch.max_non_finite)" in str(stopped.reason)
+    said = "3 steps in a row had a loss or gradient that is not finite (watch.max_non_finite): steps 8 to 10"
+    assert stopped.reason == said
 
 
 NUMBERS = st.tuples(
