@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = 0.1
 QUIET_STEPS = 2
 TIMEOUT_SECONDS = 1800
-GLOBAL_BATCH = 4
+GLOBAL_BATCH = 2
 
 
 def rank_main(run_dir: Path, rounds: int) -> None:

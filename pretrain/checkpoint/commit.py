@@ -31,7 +31,8 @@ def temporary_folder(run_dir: Path, step: int) -> Path:
 
 
 def lack_of_room(run_dir: Path, needed: int) -> str | None:
-    """Why `needed` bytes do not fit where checkpoints go, or null."""
+    """Why `needed` bytes, and a little for the run's logs, do not fit where checkpoints go, or null."""
+    needed += _RESERVE_BYTES
     folder = checkpoints_folder(run_dir)
     try:
         if not folder.is_dir():
@@ -41,7 +42,7 @@ def lack_of_room(run_dir: Path, needed: int) -> str | None:
     except OSError as error:
         return f"{folder}: {error.strerror}"
     available = about.f_bavail * about.f_frsize
-    if available >= needed + _RESERVE_BYTES:
+    if available >= needed:
         return None
     return f"no room for it: {needed:,} bytes needed, {available:,} bytes available at {folder}"
 

@@ -91,6 +91,23 @@ def test_damage_is_named_and_the_one_before_is_taken(run: Path, how: str) -> Non
     assert [bad.step for bad in passed] == [6]
 
 
+def test_ranks_share_the_reading_and_come_to_one_answer(run: Path) -> None:
+    damage(newest(run), "flipped bit")
+    said = [
+        json.loads(out.splitlines()[-1]) for out in run_ranks("tests.pretrain.checkpoint.verifying_rank", [str(run)])
+    ]
+    for one in said:
+        assert one["step"] == 4 and len(one["passed"]) == 1 and "optim_states.pt does not have" in one["passed"][0]
+    read = [set(one["read"]) for one in said]
+    assert all(read) and not read[0] & read[1]
+    listed = [
+        f"{checkpoint.folder_of(run, step).name}/{name}"
+        for step in (4, 6)
+        for name in json.loads((checkpoint.folder_of(run, step) / "MANIFEST.json").read_text())["files"]
+    ]
+    assert read[0] | read[1] == set(listed)
+
+
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert checkpoint.find_latest(tmp_path) == (None, [])
     assert checkpoint.list_checkpoints(tmp_path) == []
