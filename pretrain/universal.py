@@ -144,7 +144,7 @@ def why_not(form: Path, checkpoint: Path) -> str | None:
 
 def prune(run_dir: Path) -> None:
     """Remove forms whose checkpoint is gone, and what an interrupted conversion left. One process a run calls it."""
-    for form in sorted((run_dir / FOLDER).glob("*")) + sorted((run_dir / FOLDER).glob(f"{_TEMPORARY}*")):
+    for form in sorted((run_dir / FOLDER).glob("*")):
         try:
             source = json.loads((form / MANIFEST).read_text())["source"]
             manifest = Path(source["path"]) / checkpoints.MANIFEST

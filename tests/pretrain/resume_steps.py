@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from data_pipelines.loader import TrainLoader
 from pretrain import train
 from pretrain.callbacks import StepRecord, logs
-from pretrain.checkpoint import _generators
+from pretrain.checkpoint.generators import generators
 from pretrain.trainer import Trainer
 
 KEYS: dict[int, list[str]] = {}
@@ -38,6 +39,7 @@ def seen_batches(self: TrainLoader, numbers: range) -> Iterator[dict[str, Any]]:
 
 class Observer(logs.MetricsFile):
     case: dict[str, Any] = {}
+    steps_after_whole: int | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         super().on_start(trainer)
@@ -64,12 +66,30 @@ class Observer(logs.MetricsFile):
         )
         if record.step in self.case.get("hash_at", ()):
             self.write(hashed=record.step, state=whole_state(trainer))
-        if record.step == self.case.get("die_at"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.steps_after_whole is not None:
+            self.steps_after_whole += 1
+        self.maybe_die(trainer)
+
+    def on_checkpoint(self, trainer: Trainer, path: Any) -> None:
+        super().on_checkpoint(trainer, path)
+        if path.name == f"step-{self.case.get('die_after', 0):08d}":
+            self.steps_after_whole = 0
+            self.maybe_die(trainer)
+
+    def maybe_die(self, trainer: Trainer) -> None:
+        if self.steps_after_whole != self.case.get("more_steps", 0):
+            return
+        # Together: a rank that is left alone for a moment would end otherwise.
+        mark = trainer.run_dir / "observed" / f"dying-{trainer.step}-{trainer.engine.rank}"
+        mark.touch()
+        for rank in range(trainer.engine.world_size):
+            while not mark.with_name(f"dying-{trainer.step}-{rank}").exists():
+                time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def on_end(self, trainer: Trainer) -> None:
         super().on_end(trainer)
-        states = {name: sha(value) for name, value in _generators(trainer.engine.device).items()}
+        states = {name: sha(value) for name, value in generators(trainer.engine.device).items()}
         optimizer = trainer.engine.module.optimizer
         groups = [(group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
         clip = getattr(optimizer, "clip_grad", None)

@@ -50,10 +50,9 @@ def config_file(home: Path, name: str, steps: int, every_steps: int) -> Path:
     return path
 
 
-def run(config: Path, world_size: int = 2, die_at: int | None = None, exitcode: int = 0, **case: Any) -> None:
-    """Start ranks on a config; with `die_at` they all kill themselves once that step is done."""
-    case |= {"die_at": die_at}
-    code = SIGKILLED if die_at is not None else exitcode
+def run(config: Path, world_size: int = 2, exitcode: int = 0, **case: Any) -> None:
+    """Start ranks on a config; with `die_after` they kill themselves once the checkpoint of that step is whole."""
+    code = SIGKILLED if "die_after" in case else exitcode
     run_ranks("tests.pretrain.resume_steps", [str(config), json.dumps(case)], world_size, exitcode=code)
 
 
@@ -79,14 +78,14 @@ ALL_EXACT = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32",
     ],
 )
 def test_the_same_layout_goes_on_bit_for_bit(home: Path, stage: int, precision: str) -> None:
-    whole, dead = whole_run(home, stage, precision), random.randint(4, 7)
+    whole, more = whole_run(home, stage, precision), random.randint(0, 2)
     layout = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
     cut, config = home / f"cut-{stage}-{precision}", config_file(home, f"cut-{stage}-{precision}", 8, 3)
-    run(config, set=layout, die_at=dead)
+    run(config, set=layout, die_after=3, more_steps=more)
     run(config, set=layout)
     for rank in (0, 1):
-        assert observed(cut, rank)[-1] == observed(whole, rank)[-1], f"killed after step {dead}"
-        assert steps_of(cut, rank) == steps_of(whole, rank), f"killed after step {dead}"
+        assert observed(cut, rank)[-1] == observed(whole, rank)[-1], f"killed {more} steps after checkpoint 3"
+        assert steps_of(cut, rank) == steps_of(whole, rank), f"killed {more} steps after checkpoint 3"
     assert not (cut / "universal").exists()
 
 
@@ -97,14 +96,14 @@ Leg = tuple[int, int, list[str]]
 def go_through(home: Path, name: str, whole: Path, start: int, legs: list[Leg], every_steps: int) -> Path:
     """A run that goes on from step `start` of another and has another layout on every leg.
 
-    All but the last leg are killed a step or two after their last checkpoint, so that a part is done twice.
+    All but the last leg are killed as soon as their last checkpoint is whole; the steps since then are done twice.
     """
     config = config_file(home, name, legs[-1][1], every_steps)
     ends = [last for _, last, _ in legs]
     source = ["--resume", str(checkpoint.folder_of(whole, start))]
     for world_size, last, settings in legs:
-        die_at = last + random.randint(1, 2) if last != ends[-1] else None
-        run(config, world_size, die_at, set=settings, hash_at=ends, arguments=source)
+        death = {"die_after": last} if last != ends[-1] else {}
+        run(config, world_size, set=settings, hash_at=ends, arguments=source, **death)
         source = []
     return home / name
 
