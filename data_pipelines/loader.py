@@ -262,6 +262,11 @@ class TrainLoader:
         self.samples_an_epoch = sequence.samples_an_epoch
         self.remote_wait_seconds = 0.0
 
+    @property
+    def datasets(self) -> Sequence[Dataset]:
+        """The sources, in order."""
+        return self._steps.datasets
+
     def __len__(self) -> int:
         return max(0, self._config.train.max_steps - self._start)
 
@@ -281,9 +286,12 @@ class TrainLoader:
             self.remote_wait_seconds += loaded.waited_seconds
             yield loaded.batch()
 
-    def state(self, step: int) -> dict[str, Any]:
-        """The data's part of a checkpoint once `step` steps are trained, for JSON. It is the same on every rank."""
-        return self._sequence.state(step)
+    def state(self, batch: int) -> dict[str, Any]:
+        """The data's part of a checkpoint once the batches before `batch` are consumed, for JSON.
+
+        It is the same on every rank.
+        """
+        return self._sequence.state(batch)
 
 
 class EvalLoader:

@@ -7,6 +7,7 @@ which samples make global batch `s` is a function of the data and the settings, 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -119,6 +120,11 @@ class SampleSequence:
         return sum(self._used)
 
     @property
+    def epoch_sizes(self) -> list[int]:
+        """Samples that each source gives before its next epoch begins."""
+        return list(self._used)
+
+    @property
     def num_first_sources(self) -> int:
         """Sources that the run began with, before any were added."""
         return len(self._history.changes[0][1] if self._history.changes else self.mixture.counts)
@@ -129,11 +135,15 @@ class SampleSequence:
 
     def batch(self, step: int) -> Picked:
         """The samples of global batch `step`, in order."""
-        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
+        return self.at(np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64))
+
+    def at(self, positions: IntArray) -> Picked:
+        """The samples at these positions of the sequence: int64 [n], from 0 on."""
         source, within = self._history.at(positions)
         epoch, place = np.divmod(within, np.array(self._used, dtype=np.int64)[source])
         sample = np.empty_like(place)
-        for number, turn in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
+        turns = int(epoch.max(initial=0)) + 1
+        for number, turn in map(divmod, np.unique(source * turns + epoch).tolist(), itertools.repeat(turns)):
             here = (source == number) & (epoch == turn)
             sample[here] = self._order(number, turn).at(place[here])
         index = self._offsets[source] + sample

@@ -15,7 +15,7 @@ from launch.json_output import print_json
 def checkpoints_command(run: Path, as_json: bool = False) -> None:
     """Verify every checkpoint of a run, which reads every byte, and print them oldest first.
 
-    JSON is a list of `{step, path, valid, reason}`; `reason` is null where valid.
+    JSON is a list of `{step, path, valid, reason, bytes}`; `reason` is null where valid.
 
     Raises:
         BadInput: `run` is no run directory.
@@ -25,17 +25,26 @@ def checkpoints_command(run: Path, as_json: bool = False) -> None:
     if not any((run / name).exists() for name in ("checkpoints", "config.yaml", "run.json")):
         raise BadInput(f"{run}: not a run directory (it has no checkpoints/, config.yaml or run.json)")
     from pretrain.checkpoint import list_checkpoints
+    from pretrain.checkpoint.manifest import bytes_of
 
-    found = list_checkpoints(run)
+    found = list_checkpoints(run, quiet=as_json)
     if as_json:
-        print_json([asdict(each) | {"path": str(each.path), "valid": each.valid} for each in found])
+        print_json(
+            [
+                asdict(each) | {"path": str(each.path), "valid": each.valid, "bytes": bytes_of(each.path)}
+                for each in found
+            ]
+        )
         return
     if not found:
         print(f"{run} has no checkpoint yet")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("step", "valid", "path"):
+    table.add_column("step", justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
+    for name in ("valid", "path"):
         table.add_column(name, overflow="fold")
     for each in found:
-        table.add_row(str(each.step), "yes" if each.valid else f"no: {each.reason}", str(each.path))
+        size = f"{bytes_of(each.path) / 1e6:,.1f} MB"
+        table.add_row(str(each.step), size, "yes" if each.valid else f"no: {each.reason}", str(each.path))
     Console().print(table)

@@ -6,9 +6,10 @@ Every command imports what it needs when it is called, so that `--help` answers 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from launch import data_commands
 from launch.demo import demo_command
@@ -50,7 +51,17 @@ def config(
     config_command(config, set or (), json)
 
 
-@app.command(epilog="example: triptych train configs/digits.yaml --nproc 2 --set train.max_steps=20")
+class TrainCommand(TyperCommand):
+    """`--allow-change` may stand without a value, which Typer has no word for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse with the value that a bare `--allow-change` means."""
+        from pretrain.changes import spell_out
+
+        return super().parse_args(ctx, spell_out(args))
+
+
+@app.command(cls=TrainCommand, epilog="example: triptych train configs/digits.yaml --nproc 2 --set train.max_steps=20")
 @exits_cleanly
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
@@ -60,8 +71,13 @@ def train(
         str, typer.Option(metavar="auto|never|PATH", help="Go on from the newest valid checkpoint, none, or this one.")
     ] = "auto",
     allow_change: Annotated[
-        bool, typer.Option("--allow-change", help="Go on though weights of data.train changed or sources were added.")
-    ] = False,
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="[FIELD]",
+            help="Let a setting or section differ from the checkpoint's; without FIELD the mixture, data.train.",
+        ),
+    ] = None,
 ) -> None:
     """Train on this machine.
 
@@ -70,7 +86,7 @@ def train(
     """
     from launch.train_command import train_command
 
-    raise typer.Exit(train_command(config, set or (), nproc, resume, allow_change))
+    raise typer.Exit(train_command(config, set or (), nproc, resume, allow_change or ()))
 
 
 @app.command(epilog="example: triptych doctor configs/digits.yaml --json")
@@ -98,6 +114,30 @@ def checkpoints(run: Annotated[Path, typer.Argument(help="Run directory.")], jso
     from launch.checkpoints_command import checkpoints_command
 
     checkpoints_command(run, json)
+
+
+@app.command(epilog="example: triptych ledger runs/demo/run --step 100")
+@exits_cleanly
+def ledger(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    step: Annotated[int | None, typer.Option(min=1, help="List the samples of this step, and where they lie.")] = None,
+    repeated: Annotated[bool, typer.Option("--repeated", help="List samples consumed twice within an epoch.")] = False,
+    unseen: Annotated[bool, typer.Option("--unseen", help="List samples that were due and never consumed.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare what the ranks consumed in every step with the plan.")
+    ] = False,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="DATASET", help="Where a dataset lies now. May be repeated.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what a run consumed, over all its restarts; without options, sum it up.
+
+    Exit status: 0, or 1 when it was not what the plan says, each sample once an epoch.
+    """
+    from launch.ledger_command import ledger_command
+
+    raise typer.Exit(ledger_command(run, step, repeated, unseen, verify, data or (), json))
 
 
 app.command("eval")(exits_cleanly(eval_command))

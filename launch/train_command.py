@@ -14,6 +14,7 @@ from pathlib import Path
 from data_pipelines.errors import BadInput
 from launch.doctor import check_before_start
 from launch.supervisor import Job, supervise
+from pretrain.changes import check_fields
 from pretrain.config import load_config
 
 ACCELERATE_CONFIGS = Path(__file__).parent / "accelerate"
@@ -33,7 +34,7 @@ def train_command(
     overrides: Sequence[str] = (),
     num_processes: int | None = None,
     resume: str = "auto",
-    allow_change: bool = False,
+    allow_change: Sequence[str] = (),
 ) -> int:
     """Train on this machine and return the exit status, as `supervise` says.
 
@@ -42,12 +43,13 @@ def train_command(
         overrides: `key=value` settings that win over the file.
         num_processes: ranks; by default one a GPU, or two on a CPU with at least two cores.
         resume: `auto` goes on from the newest valid checkpoint, `never` starts anew, a path goes on from that one.
-        allow_change: go on from a checkpoint though weights of `data.train` changed or sources were added.
+        allow_change: settings and sections that may differ from the checkpoint's.
 
     Raises:
-        BadInput: the config, an override or the path to resume from is wrong.
+        BadInput: the config, an override, a field of `allow_change` or the path to resume from is wrong.
     """
     settings = load_config(config, overrides)
+    check_fields(allow_change)
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise BadInput(f"--resume {resume}: no such checkpoint folder; give auto, never, or .../checkpoints/step-N")
     ranks = num_processes or default_num_processes()
@@ -55,6 +57,8 @@ def train_command(
     again = ["triptych", "train", str(config), *(word for override in overrides for word in ("--set", override))]
     if num_processes is not None:
         again += ["--nproc", str(num_processes)]
+    for field in allow_change:
+        again += ["--allow-change", field]
     job = Job(
         command=train_arguments(config, overrides, ranks, resume, allow_change),
         environment=rank_environment(os.environ, ranks),
@@ -77,7 +81,7 @@ def default_num_processes() -> int:
 
 
 def train_arguments(
-    config: Path, overrides: Sequence[str], num_processes: int, resume: str, allow_change: bool = False
+    config: Path, overrides: Sequence[str], num_processes: int, resume: str, allow_change: Sequence[str] = ()
 ) -> list[str]:
     """The command that starts the ranks on one machine."""
     # A config file of ours keeps accelerate from reading the user's default one. Port 0 is a free one, so that two runs
@@ -88,8 +92,8 @@ def train_arguments(
     arguments += ["-m", "pretrain.train", str(config), "--resume", resume]
     for override in overrides:
         arguments += ["--set", override]
-    if allow_change:
-        arguments.append("--allow-change")
+    for field in allow_change:
+        arguments += ["--allow-change", field]
     return arguments
 
 

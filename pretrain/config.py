@@ -110,7 +110,15 @@ class CheckpointConfig(Settings):
     """When to save and how many to keep. Every run saves at its end too."""
 
     every_steps: PositiveInt = Field(1000, description="Steps between two checkpoints.")
-    keep_last: PositiveInt = Field(2, description="Checkpoints that stay.")
+    keep_last: PositiveInt = Field(2, description="Newest checkpoints that stay.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints of steps that are multiples of this stay for ever; null keeps none."
+    )
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue",
+        description="When one cannot be written (a full disk): `continue` trains on and tries again at the next, "
+        "`stop` ends the run with status 1. The last one of a run must succeed.",
+    )
 
 
 class EvalConfig(Settings):
@@ -137,7 +145,27 @@ class LoggingConfig(Settings):
 class WatchConfig(Settings):
     """Numbers that go wrong: a loss or gradient that is not finite is never let into the weights."""
 
-    max_non_finite: PositiveInt = Field(10, description="Steps in a row that are skipped for it; then the run stops.")
+    max_non_finite: PositiveInt = Field(
+        10, description="Steps in a row that are skipped for a loss or gradient that is not finite; then the run stops."
+    )
+    policy: Literal["log", "skip", "roll_back"] = Field(
+        "log",
+        description="A spike of the loss or of the gradient's norm: log trains the step and says so; skip does not let "
+        "it into the weights; roll_back goes back to the last checkpoint and passes over the guilty batches.",
+    )
+    window: int = Field(
+        128, ge=4, description="Trained steps that a spike is measured against; half of them must be there first."
+    )
+    threshold: float = Field(
+        10.0, gt=0, description="A spike lies this many robust deviations (1.4826 MAD) above their median."
+    )
+    pass_over_around: int = Field(
+        1, ge=0, description="roll_back: batches passed over on each side of the spike's; its cause may lie before."
+    )
+    max_spikes: PositiveInt = Field(
+        10, description="Steps in a row that are refused as spikes; then the run stops: they are no spikes any more."
+    )
+    max_roll_backs: int = Field(10, ge=0, description="Roll-backs of the whole run; at the next one it stops.")
 
 
 class SupervisorConfig(Settings):
@@ -204,6 +232,10 @@ class Config(Settings):
             raise ValueError("engine.offload_parameters needs engine.zero_stage 3")
         if self.engine.offload_optimizer and self.engine.zero_stage == 0:
             raise ValueError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+        if self.engine.precision == "bf16" and self.engine.zero_stage == 0:
+            raise ValueError(
+                "engine.precision bf16 needs engine.zero_stage 1, 2 or 3: under 0 nothing keeps fp32 weights"
+            )
         if self.data.micro_batch is not None and self.data.global_batch % self.data.micro_batch:
             raise ValueError(
                 f"data.global_batch {self.data.global_batch} is not a multiple of "

@@ -76,8 +76,12 @@ def open_weights(checkpoint: Path) -> Weights:
     The caller has checked the checkpoint against its manifest (`pretrain.checkpoint.verify`).
 
     Raises:
-        BadInput: it is not one of DeepSpeed's, or a file of it would execute code.
+        BadInput: it is not one of DeepSpeed's, or a file of it is of another checkpoint or would execute code.
     """
+    from pretrain.checkpoint.loading import check_identities
+    from pretrain.checkpoint.manifest import read_manifest
+
+    check_identities(checkpoint, read_manifest(checkpoint))
     return read_zero_folder(checkpoint / "deepspeed")
 
 

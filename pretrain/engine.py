@@ -13,7 +13,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from data_pipelines.errors import BadInput
 from pretrain.config import Config
 from pretrain.model.backbones import family
 from pretrain.norm_gate import Judge, NormGate
+from pretrain.zero_partitions import Read, fill
+from pretrain.zero_reader import names_entry
 
 _NO_DECAY = ("norm", "logit_scale", "logit_bias", "per_dim_scale", "position_embedding_table", ".token")
 
@@ -123,6 +125,9 @@ class Engine:
     def prepare(self, model: nn.Module) -> None:
         """Wrap a model; afterwards `module` is DeepSpeed's engine around it."""
         groups = parameter_groups(model, self.config)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names = [[names[parameter] for parameter in group["params"]] for group in groups]
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         train = self.config.train
         optimizer = torch.optim.AdamW(
             groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=True
@@ -203,21 +208,47 @@ class Engine:
         dist.all_gather_object(out, value)
         return out
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's files of this rank below `folder` (all ranks call it)."""
-        # `universal_checkpoint_info` lets DeepSpeed's converter change the world size later.
-        self.module.save_checkpoint(str(folder), tag="state", client_state={"universal_checkpoint_info": {}})
-        if self.is_main:
-            # DeepSpeed leaves scripts to convert the checkpoint with; nothing in ours is a program.
-            for script in folder.glob("*.py"):
-                script.unlink()
+    def save(self, folder: Path, take: Callable[[Path, dict[str, Any]], None]) -> None:
+        """Hand over what DeepSpeed saves of this rank (all ranks call it); nothing is written.
+
+        Args:
+            folder: where the files are to lie.
+            take: gets each file's path below `folder` and its content, which lives on and changes with the next step.
+        """
+        from pretrain.checkpoint.manifest import ZERO_TAG
+        from pretrain.checkpoint.zero_files import ZeroFiles
+
+        self.module.checkpoint_engine = ZeroFiles(take)
+        # It would leave scripts to convert the checkpoint with; nothing in ours is a program.
+        self.module._copy_recovery_script = lambda path: None
+        # `universal_checkpoint_info` keeps the files readable for DeepSpeed's own converter.
+        client_state: dict[str, Any] = {"universal_checkpoint_info": {}, **names_entry(self._names)}
+        self.module.save_checkpoint(str(folder), tag=ZERO_TAG, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, weights-only (all ranks call it)."""
+        """Read what `save` wrote in the same layout, weights-only (all ranks call it)."""
         _allow_deepspeed_classes()
+        before = self._hyperparameters()
         path, _ = self.module.load_checkpoint(str(folder), tag="state", load_lr_scheduler_states=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+        # DeepSpeed took these from the checkpoint; those of the config, which may have changed, hold.
+        for group, settings in zip(self.module.optimizer.param_groups, before, strict=True):
+            group.update(settings)
+        if self._gate is not None and hasattr(self.module.optimizer, "clip_grad"):
+            self.module.optimizer.clip_grad = self.config.train.clip_grad_norm
+
+    def _hyperparameters(self) -> list[dict[str, Any]]:
+        groups = self.module.optimizer.param_groups
+        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+    def fill(self, read: Read, steps: dict[str, float | None], buffers: dict[str, Tensor]) -> None:
+        """Take weights and optimizer state from whole tensors, as `zero_partitions.fill` says (all ranks call it)."""
+        fill(self.module, read, steps, buffers)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter, however it is cut up."""
+        return self._shapes
 
     def close(self) -> None:
         """Leave the process group."""

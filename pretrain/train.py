@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import secrets
+import signal
 import sys
 import time
 import traceback
@@ -21,12 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.atomic import atomic_file
-from data_pipelines.errors import BadInput
+from data_pipelines.errors import BadInput, printable
+from pretrain import checkpoint
+from pretrain.changes import MIXTURE, Difference, check_fields, covers, spell_out
 from pretrain.config import Config, dump_config, load_config
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
 from pretrain.heartbeat import AFTER_VARIABLE, Pulse, answer_with_stacks
 from pretrain.orphan import end_with_launcher
 from pretrain.owner import Owner
+from pretrain.resume import TrainerState, candidate, check, check_tokenizer, reader_versions, tokenizers_of
+from pretrain.watch import LimitPassed
 
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
 LET_RANK_0_SPEAK_SECONDS = 20.0
@@ -46,8 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (auto)")
-    parser.add_argument("--allow-change", action="store_true", help="let the mixture change on resume")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="let this setting or section change on resume; without FIELD the mixture, data.train",
+    )
+    options = parser.parse_args(spell_out(sys.argv[1:] if arguments is None else arguments))
     prepare_environment()
     end_with_launcher()
     answer_with_stacks(global_rank())
@@ -57,10 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE if done else STOPPED
     except BadInput as error:
         if global_rank() and not isinstance(error, SeenByOneRank):
-            # Rank 0 says it for all, and the launcher would end it as soon as another rank is gone.
-            time.sleep(LET_RANK_0_SPEAK_SECONDS)
+            let_rank_0_speak()
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except (checkpoint.SaveFailed, LimitPassed) as error:
+        # All ranks came to it in the same step.
+        if global_rank():
+            let_rank_0_speak()
+        else:
+            print(f"stopped: {printable(str(error))}", file=sys.stderr)
+        return FAULT
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -69,10 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAULT
 
 
+def let_rank_0_speak() -> None:
+    """Wait while rank 0 says it for all: the launcher ends it as soon as another rank is gone, and us when it is."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(LET_RANK_0_SPEAK_SECONDS)
+
+
 def train(
-    config_path: str, overrides: Sequence[str], resume: str, allow_change: bool = False, pulse: Pulse | None = None
+    config_path: str,
+    overrides: Sequence[str],
+    resume: str,
+    allow_change: Sequence[str] = (),
+    pulse: Pulse | None = None,
 ) -> bool:
     """Train as `config_path` says, as the one owner of the run directory.
+
+    Going on from a checkpoint, the settings in `allow_change` may differ from its.
 
     Returns:
         True when the last step is done, false when stopped on purpose with a checkpoint saved.
@@ -89,22 +118,27 @@ def train(
         owner.give_back()
 
 
-def _train(config: Config, resume: str, allow_change: bool, pulse: Pulse | None, owner: Owner | None) -> bool:
+def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Pulse | None, owner: Owner | None) -> bool:
     run_dir = Path(config.run.dir)
     if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
         raise BadInput(f"{run_dir} holds checkpoints and --resume is never: use another run.dir, or --resume auto")
+    check_fields(allow_change)
+    likely = candidate(run_dir, resume)
+    changed = changed_settings(likely, config, allow_change)
     pulse = pulse or Pulse(global_rank())
     with pulse.ticking() if config.data.build and owner else nullcontext():
         build_datasets(config)
 
     from data_pipelines import open_dataset
     from data_pipelines.loader import build_loader
-    from pretrain import checkpoint
     from pretrain.callbacks.evaluation import Evaluation
+    from pretrain.callbacks.ledger import LedgerKeeper
     from pretrain.callbacks.logs import Console, MetricsFile, TensorBoard
+    from pretrain.checkpoint.generators import derive_generators
+    from pretrain.consumption import data_facts
     from pretrain.environment import check_same_environment
     from pretrain.model.omni import OmniPretrainer
-    from pretrain.trainer import Trainer, different_setting
+    from pretrain.trainer import Trainer
 
     engine = Engine(config)
     engine.barrier()
@@ -114,20 +148,25 @@ def _train(config: Config, resume: str, allow_change: bool, pulse: Pulse | None,
         for bad in passed:
             if engine.is_main:
                 print(f"passed over {bad.path}: {bad.reason}", file=sys.stderr)
-        old = checkpoint.read_state(start) if start is not None else {}
-        if start is not None:
-            difference = different_setting(old["config"], config)
-            if difference:
-                raise BadInput(f"{start.name} was made with another config: {difference}; use another run.dir")
-        step = int(old.get("step", 0))
-        loader = build_loader(config, engine.rank, engine.world_size, step, old.get("data"), allow_change)
+        old = TrainerState.read(start) if start is not None else None
+        if start != likely:
+            changed = changed_settings(start, config, allow_change)
+        step, batch = (old.step, old.cursor["batch"]) if old is not None else (0, 0)
+        mixture = covers(allow_change, MIXTURE)
+        loader = build_loader(config, engine.rank, engine.world_size, batch, old.data if old else None, mixture)
         engine.prepare(OmniPretrainer.build(config, loader.tokenizer))
-        if start is not None:
-            checkpoint.load(engine, start)
-        run_id = write_run_files(run_dir, dump_config(config), engine, step) if engine.is_main else ""
+        tokenizers = tokenizers_of(config)
+        if start is None or old is None:
+            derive_generators(config.run.seed, 0, engine.rank, engine.device)
+        else:
+            check_tokenizer(start, old, tokenizers)
+            checkpoint.load(engine, start, run_dir, lambda: pulse.beat("start", step))
+        run_id = write_run_files(run_dir, dump_config(config), engine, step, changed) if engine.is_main else ""
         run_id = engine.gather_objects(run_id)[0]
 
-        callbacks: list[Any] = [MetricsFile(run_dir / "metrics.jsonl"), Console(config.logging.every_steps)]
+        consumption = data_facts(loader.datasets, loader.state(batch), config.data.num_streams)
+        callbacks: list[Any] = [LedgerKeeper(run_dir, consumption), MetricsFile(run_dir / "metrics.jsonl")]
+        callbacks.append(Console(config.logging.every_steps))
         if config.logging.tensorboard:
             callbacks.append(TensorBoard(run_dir / "tensorboard"))
         if config.data.eval is not None:
@@ -145,18 +184,33 @@ def _train(config: Config, resume: str, allow_change: bool, pulse: Pulse | None,
             pulse,
         )
         trainer.step = step
+        trainer.made_with = {"tokenizer": tokenizers, "versions": reader_versions()}
         if owner is not None:
             trainer.check_owner = owner.check
-        if start is not None:
-            trainer.watch.resume(old["watch"])
+        if start is not None and old is not None:
+            trainer.watch.resume(old.watch)
+            trainer.cursor.resume(old.cursor)
+            trainer.committed.append(start)
         if engine.is_main and start is not None:
             print(f"resuming from {start} at step {step}", file=sys.stderr)
         try:
-            return trainer.run(iter(loader))
+            return trainer.run(loader.batches)
         except BadInput as error:
             raise SeenByOneRank(f"rank {engine.rank}: {error}") from None
     finally:
         engine.close()
+
+
+def changed_settings(start: Path | None, config: Any, allow_change: Sequence[str]) -> list[Difference]:
+    """What differs from a checkpoint's config, said by rank 0 before anything starts.
+
+    Raises:
+        BadInput: not all of it may.
+    """
+    changed = check(start, config, allow_change) if start is not None else []
+    for difference in changed if start is not None and global_rank() == 0 else ():
+        print(f"changed since {start.name}: {difference} ({difference.kind})", file=sys.stderr)
+    return changed
 
 
 def build_datasets(config: Any) -> None:
@@ -174,23 +228,25 @@ def build_datasets(config: Any) -> None:
 
 def find_start(run_dir: Path, resume: str, engine: Engine) -> tuple[Path | None, list[Any]]:
     """The checkpoint to start from, agreed on by all ranks, and the invalid ones passed over."""
-    from pretrain import checkpoint
+    from pretrain.checkpoint.verification import find_latest_together, verify_together
 
-    answer: tuple[Path | None, list[Any], str | None] = (None, [], None)
-    if engine.is_main and resume == "auto":
-        found, passed = checkpoint.find_latest(run_dir)
-        answer = (found.path if found else None, passed, None)
-    elif engine.is_main and resume != "never":
-        reason = checkpoint.verify(Path(resume)) if Path(resume).is_dir() else "there is no such directory"
-        answer = (Path(resume), [], f"--resume {resume}: {reason}" if reason else None)
-    start, passed, problem = engine.gather_objects(answer)[0]
-    if problem:
-        raise BadInput(problem)
-    return start, passed
+    if resume == "never":
+        return None, []
+    if resume == "auto":
+        found, passed = find_latest_together(engine, run_dir)
+        return (found.path if found else None), passed
+    path = Path(resume)
+    there = engine.gather_objects(path.is_dir())[0]
+    reason = verify_together(engine, path) if there else "there is no such directory"
+    if reason:
+        raise BadInput(f"--resume {resume}: {reason}")
+    return path, []
 
 
-def write_run_files(run_dir: Path, config_text: str, engine: Engine, step: int) -> str:
-    """Write config.yaml and run.json; returns the run's id, which is kept over restarts."""
+def write_run_files(
+    run_dir: Path, config_text: str, engine: Engine, step: int, changed: Sequence[Difference] = ()
+) -> str:
+    """Write config.yaml and run.json, with what changed on this resume; returns the run's id, kept over restarts."""
     path = run_dir / "run.json"
     run = json.loads(path.read_text()) if path.exists() else {}
     if not run:
@@ -201,6 +257,8 @@ def write_run_files(run_dir: Path, config_text: str, engine: Engine, step: int) 
     start = {"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)}
     run["starts"].append(start | {"after": os.environ.get(AFTER_VARIABLE) or None})
     run["versions"] = versions()
+    kept = run.setdefault("changes", [])
+    kept += [entry for entry in (difference.record(step) for difference in changed) if entry not in kept]
     for name, text in (("config.yaml", config_text), ("run.json", json.dumps(run, indent=1))):
         with atomic_file(run_dir / name) as file:
             file.write(text.encode())

@@ -9,38 +9,35 @@ al., 2021). Losses therefore do not depend on world size or accumulation.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from data_pipelines.config import Settings
-from pretrain import checkpoint
+from pretrain import checkpoint, universal
 from pretrain.callbacks import Callback, StepRecord
 from pretrain.config import Config
+from pretrain.cursor import Cursor
 from pretrain.engine import Engine
 from pretrain.heartbeat import Pulse
+from pretrain.incident import Share, decided, describe, share_of
+from pretrain.ledger import CHECKSUM_MODULUS, id_checksums
 from pretrain.model.omni import Plan
 from pretrain.objectives import joint
 from pretrain.objectives.align import Embeddings, align_loss
+from pretrain.roll_back import roll_back
 from pretrain.schedule import learning_rate
 from pretrain.stopping import StopRequest
-from pretrain.watch import Watch
+from pretrain.watch import LimitPassed, Watch
 
 _LOCAL_COUNTS = ("text", "image", "audio")
-
-
-class LimitPassed(RuntimeError):
-    """The run stopped itself, for a reason that all ranks saw in the same step."""
 
 
 @dataclass
@@ -53,6 +50,10 @@ class Told:
     tokens: float
     stop: float
     """More than 0 from a rank that was asked to stop; which way, `StopRequest` knows."""
+    saved: float
+    """1 from a rank that has done its part of the checkpoint that is being written."""
+    consumed: float
+    """Checksum of the ids of the samples at hand; a whole number below 2**32."""
 
 
 class Trainer:
@@ -80,38 +81,56 @@ class Trainer:
         self.remote_wait_seconds = remote_wait_seconds
         self.pulse = pulse or Pulse(engine.rank)
         self.watch = Watch(config.watch)
+        self.saver = checkpoint.Saver(
+            engine, run_dir, run_id, config.checkpoint, self._alive_in_checkpoint, lambda: self.check_owner()
+        )
         self.step = 0
         """Optimizer steps done, skipped ones among them."""
+        self.cursor = Cursor()
+        """Where the run is in the data."""
+        self.consumed = 0
+        """Checksum of the sample ids that all ranks together had in the last step (`ledger.id_checksums`)."""
+        self.committed: list[Path] = []
+        """Checkpoints that this run may go back to, oldest first."""
+        self._suspect: Share | None = None
+        self.made_with: dict[str, Any] = {}
+        """What every checkpoint says of what the run was made with besides its config, for JSON."""
         self.stop_request = StopRequest(config, engine.rank, engine.world_size)
         self.check_owner: Callable[[], None] = lambda: None
-        """Rank 0 asks it before a save; it raises when the run directory belongs to another run by now."""
+        """Rank 0 asks it when a save begins and before it commits; it raises when another run has the run directory."""
 
-    def run(self, batches: Iterator[dict[str, Any]]) -> bool:
+    def run(self, batches: Callable[[range], Iterator[dict[str, Any]]]) -> bool:
         """Train to the last step, or until a signal asks to stop.
+
+        Args:
+            batches: gives this rank's share of the global batches with these numbers, in order.
 
         Returns:
             True when all steps are done, false when stopped on purpose with a checkpoint saved.
 
         Raises:
             LimitPassed: the numbers went wrong for too long; the last checkpoint is older than that.
+            SaveFailed: a checkpoint could not be written, and it was the last one or `checkpoint.on_failure` says stop.
         """
         self.stop_request.catch_signals()
         for callback in self.callbacks:
             callback.on_start(self)
         self.engine.module.train()
         stopped = False
+        coming = self._coming(batches)
         while self.step < self.config.train.max_steps and not stopped:
-            record, stopped = self._one_step(batches)
+            record, stopped = self._one_step(coming)
             for callback in self.callbacks:
                 callback.on_step(self, record)
-            if self.watch.verdict.action == "stop":
-                raise LimitPassed(f"step {self.step}: {self.watch.verdict.reason}")
+            if self._went_back(record):
+                coming.close()
+                coming = self._coming(batches)
+                continue
             done = self.step == self.config.train.max_steps
             if stopped and self.engine.is_main:
                 print(f"stopping after step {self.step}: {self.stop_request.reason}", file=sys.stderr, flush=True)
             if done or stopped or self.step % self.config.checkpoint.every_steps == 0:
-                self.pulse.beat("checkpoint", self.step)
-                self._save()
+                self._save(last=done or stopped)
             if not stopped:
                 for callback in self.callbacks:
                     callback.after_step(self, record)
@@ -121,6 +140,35 @@ class Trainer:
             self.stop_request.done()
         self.pulse.beat("end", self.step)
         return not stopped
+
+    def _coming(self, batches: Callable[[range], Iterator[dict[str, Any]]]) -> Generator[dict[str, Any], None, None]:
+        for numbers in list(self.cursor.ranges(self.config.train.max_steps - self.step)):
+            yield from batches(numbers)
+
+    def _went_back(self, record: StepRecord) -> bool:
+        """See to a step whose numbers went wrong; whether the run is at an earlier step now.
+
+        Raises:
+            LimitPassed: they went wrong for too long.
+        """
+        if self._suspect is None:
+            return False
+        incident = describe(self, record, self._suspect)
+        self._suspect = None
+        back = roll_back(self, record.batch) if incident.action == "roll_back" else None
+        if incident.action == "roll_back" and back is None:
+            incident = decided(incident, "skip", "; there is no checkpoint to go back to")
+        if self.engine.is_main:
+            incident.write(self.run_dir)
+        for callback in self.callbacks:
+            callback.on_incident(self, incident)
+        if incident.action == "stop":
+            self.finish_saving()
+            raise LimitPassed(f"step {record.step}: {incident.reason}; samples in {self.run_dir / incident.file_name}")
+        if back is not None:
+            for callback in self.callbacks:
+                callback.on_roll_back(self, incident)
+        return back is not None
 
     def _one_step(self, batches: Iterator[dict[str, Any]]) -> tuple[StepRecord, bool]:
         self.pulse.beat("data", self.step + 1)
@@ -134,24 +182,33 @@ class Trainer:
         plans = [self.engine.model.plan(micro) for micro in micro_batches]
         local = [float(sum(plan.counts[name] for plan in plans)) for name in _LOCAL_COUNTS]
         tokens = float(sum(plan.num_tokens for plan in plans))
-        all_ranks = self._tell(Told(*local, tokens=tokens, stop=self.stop_request.told()))
+        consumed = float(id_checksums(batch["index"].numpy()))
+        stop = self.stop_request.told()
+        all_ranks = self._tell(Told(*local, tokens=tokens, stop=stop, saved=self.saver.told(), consumed=consumed))
+        self._settle(self.saver.hear(all_ranks.saved))
+        self.consumed = int(all_ranks.consumed) % CHECKSUM_MODULUS
         counts = {name: int(getattr(all_ranks, name)) for name in _LOCAL_COUNTS}
 
         rate = learning_rate(self.step, self.config.train)
-        totals, counts, scale = self._backward(micro_batches, plans, counts)
+        totals, counts, scale = self.backward(micro_batches, plans, counts)
         loss, parts = joint.means(totals, counts, self.config.losses)
         self.watch.see_loss(loss)
         self.pulse.beat("optimizer", self.step + 1)
         self.engine.update(rate, self.watch.accepts)
 
+        number, norm, verdict = int(batch["step"]), self.engine.grad_norm(), self.watch.verdict
+        if verdict.kind is not None:
+            self._suspect = share_of(self, batch["keys"], micro_batches, plans, counts)
+
         self.step += 1
+        self.cursor.consume(number)
         seconds = time.perf_counter() - started
         global_batch = self.config.data.global_batch
         record = StepRecord(
             step=self.step,
-            batch=int(batch.get("step", self.step - 1)),
-            epoch=self.step * global_batch / self.samples_an_epoch,
-            samples_seen=self.step * global_batch,
+            batch=number,
+            epoch=self.cursor.batch * global_batch / self.samples_an_epoch,
+            samples_seen=self.cursor.batch * global_batch,
             loss=finite(loss),
             loss_hex=loss.hex(),
             loss_text=finite(parts["text"]),
@@ -159,7 +216,7 @@ class Trainer:
             loss_image=finite(parts["image"]),
             loss_audio=finite(parts["audio"]),
             lr=rate,
-            grad_norm=self.engine.grad_norm(),
+            grad_norm=norm,
             logit_scale=scale,
             samples_per_second=global_batch / seconds,
             tokens_per_second=all_ranks.tokens / seconds,
@@ -167,14 +224,14 @@ class Trainer:
             remote_wait_seconds=remote_wait,
             step_seconds=seconds,
             rss_bytes=psutil.Process().memory_info().rss,
-            skipped=self.watch.verdict.reason,
+            skipped=None if verdict.update else verdict.reason,
         )
         return record, self.stop_request.agree(all_ranks.stop)
 
     def _tell(self, mine: Told) -> Told:
         return Told(*self.engine.sum(astuple(mine)))
 
-    def _backward(
+    def backward(
         self, micro_batches: list[dict[str, Any]], plans: list[Plan], counts: dict[str, int]
     ) -> tuple[dict[str, float], dict[str, int], float]:
         """Forward and backward of one step -> global loss sums, all counts, logit scale."""
@@ -210,20 +267,49 @@ class Trainer:
             ]
         return CachedAlignment(found, self.config)
 
-    def _save(self) -> None:
-        state = {
-            "step": self.step,
-            "samples_consumed": self.step * self.config.data.global_batch,
-            "data": self.data_state(self.step),
-            "watch": self.watch.state(),
-            "config": self.config.model_dump(mode="json"),
-        }
+    def _save(self, last: bool) -> None:
+        self.finish_saving()
         if self.engine.is_main:
             self.check_owner()
-        keep = self.config.checkpoint.keep_last
-        path = checkpoint.save(self.engine, self.run_dir, self.step, state, self.run_id, keep)
         for callback in self.callbacks:
-            callback.on_checkpoint(self, path)
+            callback.before_checkpoint(self)
+        state = {
+            "step": self.step,
+            **self.cursor.state(),
+            "samples_consumed": self.cursor.batch * self.config.data.global_batch,
+            "data": self.data_state(self.cursor.batch),
+            "watch": self.watch.state(),
+            "config": self.config.model_dump(mode="json"),
+            **self.made_with,
+        }
+        self._settle(self.saver.begin(self.step, state), last)
+        if last:
+            self.finish_saving(last)
+
+    def finish_saving(self, last: bool = False) -> None:
+        """Wait until the checkpoint that is being written, if any, is whole and in `committed`."""
+        self._alive_in_checkpoint()
+        self._settle(self.saver.wait(), last)
+
+    def _settle(self, saved: checkpoint.Saved | None, last: bool = False) -> None:
+        if saved is None:
+            return
+        if saved.reason is None:
+            path = checkpoint.folder_of(self.run_dir, saved.step)
+            self.committed = [each for each in self.committed if each != path] + [path]
+            if self.engine.is_main:
+                universal.prune(self.run_dir)
+            for callback in self.callbacks:
+                callback.on_checkpoint(self, path)
+            return
+        problem = f"no checkpoint of step {saved.step}: {saved.reason}"
+        if last or self.config.checkpoint.on_failure == "stop":
+            raise checkpoint.SaveFailed(problem)
+        if self.engine.is_main:
+            print(f"{problem}; training goes on, the next one is due as planned", file=sys.stderr, flush=True)
+
+    def _alive_in_checkpoint(self) -> None:
+        self.pulse.beat("checkpoint", self.step)
 
 
 class CachedAlignment:
@@ -272,53 +358,3 @@ def split(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
 def finite(value: float | None) -> float | None:
     """The value, or None where it is not finite: JSON has no word for that."""
     return value if value is not None and math.isfinite(value) else None
-
-
-FREE_SETTINGS = (
-    "run.dir",
-    "run.name",
-    "run.stop_before",
-    "data.train",
-    "data.temperature",
-    "data.eval",
-    "data.build",
-    "data.num_workers",
-    "data.worker_type",
-    "data.prefetch",
-    "data.max_bad_rate",
-    "data.max_bad_run",
-    "data.remote",
-    "checkpoint",
-    "evaluation",
-    "logging",
-    "supervisor",
-    "slurm",
-    "engine.collective_timeout_seconds",
-    "engine.bucket_mb",
-)
-"""Settings that a resume may change. Folders may move: the data's fingerprint and mixture are compared instead."""
-
-
-def different_setting(old: dict[str, Any], new: Settings) -> str | None:
-    """The first setting, as `key: old -> new`, that differs and may not, or null.
-
-    A setting that an older version did not know counts as its default.
-    """
-    try:
-        old = type(new).model_validate_json(json.dumps(old)).model_dump(mode="json")
-    except ValidationError:
-        # Of a version that had other settings: those that differ will be named as they are.
-        pass
-
-    def walk(before: Any, after: Any, path: str) -> str | None:
-        if path in FREE_SETTINGS:
-            return None
-        if isinstance(before, dict) and isinstance(after, dict):
-            for key in sorted(before.keys() | after.keys()):
-                found = walk(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
-                if found:
-                    return found
-            return None
-        return None if before == after else f"{path}: {before} -> {after}"
-
-    return walk(old, new.model_dump(mode="json"), "")

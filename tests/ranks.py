@@ -13,20 +13,47 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["deepspeed", "pretrain.model.omni", "pretrain.trainer", "data_pipelines.loader"])
+_FORKED.set_forkserver_preload(
+    [
+        "deepspeed",
+        "pretrain.model.omni",
+        "pretrain.trainer",
+        "data_pipelines.loader",
+        # What DeepSpeed and transformers import only when an engine is made: seconds of each rank.
+        "accelerate",
+        "torch._functorch.partitioners",
+        "torch._inductor.compile_fx",
+        "transformers.models.gemma4.modeling_gemma4",
+    ]
+)
 
 
-def run_ranks(module: str, arguments: Sequence[str], world_size: int = 2, timeout: float = 240) -> list[str]:
-    """Run `python -m module arguments` once a rank and return each rank's standard output.
+@dataclass
+class Rank:
+    """One started rank, and the files with what it says."""
 
-    Raises:
-        AssertionError: a rank failed or the time ran out; the message holds the ranks' standard error.
-    """
+    process: Any
+    out: Path
+    err: Path
+
+    def end(self) -> None:
+        """Kill it if it is still there."""
+        if self.process.pid is not None and self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+
+
+@contextmanager
+def started_ranks(module: str, arguments: Sequence[str], world_size: int = 2) -> Iterator[list[Rank]]:
+    """`python -m module arguments` once a rank, started; on leaving every rank is ended, whatever happened."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -43,23 +70,35 @@ def run_ranks(module: str, arguments: Sequence[str], world_size: int = 2, timeou
                 "MASTER_PORT": str(port),
                 "PYTHONPATH": str(ROOT),
             }
-            files = (f"{folder}/{rank}.out", f"{folder}/{rank}.err")
-            ranks.append(_FORKED.Process(target=_rank, args=(module, list(arguments), environment, *files)))
+            out, err = Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")
+            process = _FORKED.Process(target=_rank, args=(module, list(arguments), environment, str(out), str(err)))
+            ranks.append(Rank(process, out, err))
         try:
-            for process in ranks:
-                process.start()
-            deadline = time.monotonic() + timeout
-            for process in ranks:
-                process.join(max(0.0, deadline - time.monotonic()))
-                assert process.exitcode is not None, f"{module} ran longer than {timeout} s"
+            for one in ranks:
+                one.process.start()
+            yield ranks
         finally:
-            for process in ranks:
-                if process.pid is not None and process.exitcode is None:
-                    process.kill()
-                    process.join()
-        for rank, process in enumerate(ranks):
-            assert process.exitcode == 0, Path(folder, f"{rank}.err").read_text()[-4000:]
-        return [Path(folder, f"{rank}.out").read_text() for rank in range(world_size)]
+            for one in ranks:
+                one.end()
+
+
+def run_ranks(
+    module: str, arguments: Sequence[str], world_size: int = 2, timeout: float = 240, exitcode: int = 0
+) -> list[str]:
+    """Run `python -m module arguments` once a rank and return each rank's standard output.
+
+    Raises:
+        AssertionError: a rank did not end with `exitcode` (-9: of SIGKILL), or the time ran out; the message holds its
+            standard error.
+    """
+    with started_ranks(module, arguments, world_size) as ranks:
+        deadline = time.monotonic() + timeout
+        for one in ranks:
+            one.process.join(max(0.0, deadline - time.monotonic()))
+            assert one.process.exitcode is not None, f"{module} ran longer than {timeout} s"
+        for one in ranks:
+            assert one.process.exitcode == exitcode, one.err.read_text()[-4000:]
+        return [one.out.read_text() for one in ranks]
 
 
 def _rank(module: str, arguments: list[str], environment: dict[str, str], out: str, errors: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pretrain.incident import Incident
     from pretrain.trainer import Trainer
 
 
@@ -17,7 +18,9 @@ class StepRecord:
     batch: int
     """Number of the global batch; it runs ahead of `step - 1` once batches were passed over."""
     epoch: float
+    """Of all sources together, by the place in the data's order that the step came to."""
     samples_seen: int
+    """Place in the data's order; batches that were passed over count."""
     loss: float | None
     """None where it is not finite; `loss_hex` says which way."""
     loss_hex: str
@@ -46,6 +49,15 @@ class Callback:
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """After an optimizer step."""
+
+    def on_incident(self, trainer: Trainer, incident: Incident) -> None:
+        """After a step whose numbers went wrong, and what is done about it is decided; before any roll-back."""
+
+    def on_roll_back(self, trainer: Trainer, incident: Incident) -> None:
+        """After the run went back to the checkpoint of `trainer.step`: what came after it is undone."""
+
+    def before_checkpoint(self, trainer: Trainer) -> None:
+        """Before a checkpoint of this step is begun: what it will rely on has to be on the disk."""
 
     def on_checkpoint(self, trainer: Trainer, path: Any) -> None:
         """After a checkpoint is whole."""

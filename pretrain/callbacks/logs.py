@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.atomic import atomic_file
+from data_pipelines.errors import printable
 from pretrain.callbacks import Callback, StepRecord
 
 if TYPE_CHECKING:
+    from pretrain.incident import Incident
     from pretrain.trainer import Trainer
 
+_BUFFER_BYTES = 1 << 20
 _CHARTS = {
     "loss/total": "loss",
     "loss/text": "loss_text",
@@ -32,24 +37,38 @@ _CHARTS = {
 
 
 class MetricsFile(Callback):
-    """One JSON object a step in metrics.jsonl. A resume first drops the lines that its checkpoint has not seen."""
+    """One JSON object a step in metrics.jsonl. Going on from a checkpoint drops the lines that it has not seen."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
-        if not trainer.engine.is_main:
-            return
+        if trainer.engine.is_main:
+            self._go_on_from(trainer.step)
+
+    def on_roll_back(self, trainer: Trainer, incident: Incident) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._go_on_from(trainer.step)
+
+    def _go_on_from(self, step: int) -> None:
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= trainer.step]
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
             with atomic_file(self._path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
-        self._file = self._path.open("a", buffering=1)
+        self._file = self._path.open("ab", buffering=_BUFFER_BYTES)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(asdict(record)) + "\n")
+        if self._file is None:
+            return
+        self._file.write((json.dumps(asdict(record)) + "\n").encode())
+        try:
+            self._file.flush()
+        except OSError as error:
+            # A full disk need not end the run: what is not written stays in the buffer for the next step.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def on_end(self, trainer: Trainer) -> None:
         if self._file is not None:
@@ -65,9 +84,17 @@ class TensorBoard(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.engine.is_main:
-            from torch.utils.tensorboard import SummaryWriter
+            self._go_on_from(trainer.step)
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=trainer.step + 1)
+    def on_roll_back(self, trainer: Trainer, incident: Incident) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._go_on_from(trainer.step)
+
+    def _go_on_from(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         if self._writer is None:
@@ -75,11 +102,20 @@ class TensorBoard(Callback):
         for chart, field in _CHARTS.items():
             value = getattr(record, field)
             if value is not None:
-                self._writer.add_scalar(chart, value, record.step)
+                self._try(lambda chart=chart, value=value: self._writer.add_scalar(chart, value, record.step))
 
     def on_end(self, trainer: Trainer) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._try(lambda: self._writer.close())
+
+    def _try(self, what: Callable[[], Any]) -> None:
+        if self._writer is None:
+            return
+        try:
+            what()
+        except OSError as error:
+            # Its thread is gone, and charts are not worth a run; metrics.jsonl has the same numbers.
+            print(f"{self._folder}: {error.strerror}; no more charts until the next start", file=sys.stderr, flush=True)
+            self._writer = None
 
 
 class Console(Callback):
@@ -115,9 +151,28 @@ class Console(Callback):
         elif record.step % self._every_steps == 0 or record.step == trainer.config.train.max_steps:
             print(f"step {record.step}/{trainer.config.train.max_steps}  {_line(record)}", file=sys.stderr, flush=True)
 
+    def on_incident(self, trainer: Trainer, incident: Incident) -> None:
+        # Where the run stops, that is the last thing said.
+        if trainer.engine.is_main and incident.action != "stop":
+            self._say(printable(incident.line(trainer.run_dir)))
+
+    def on_roll_back(self, trainer: Trainer, incident: Incident) -> None:
+        if not trainer.engine.is_main:
+            return
+        left = ", ".join(str(number) for number in sorted(trainer.cursor.passed_over) if number >= trainer.cursor.batch)
+        self._say(f"back at step {trainer.step}, passing over the batches {left}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.step)
+
     def on_end(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _step_of(line: str) -> float:

@@ -203,7 +203,8 @@ def test_the_command_carries_everything_on() -> None:
     assert command[command.index("pretrain.train") :] == [
         *("pretrain.train", "c.yaml", "--resume", "never", "--set", "a.b=1 2", "--set", "c={x: 1}"),
     ]
-    assert train_arguments(Path("c.yaml"), (), 1, "auto", allow_change=True)[-1] == "--allow-change"
+    allowed = train_arguments(Path("c.yaml"), (), 1, "auto", allow_change=["data.train", "train"])
+    assert allowed[-4:] == ["--allow-change", "data.train", "--allow-change", "train"]
     assert command[command.index("--num_processes") + 1] == "3"
     assert Path(command[command.index("--config_file") + 1]).is_file()
     assert default_num_processes() >= 1

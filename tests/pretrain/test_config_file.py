@@ -13,7 +13,6 @@ from data_pipelines.errors import BadInput
 from pretrain import yaml_lines
 from pretrain.config import Config, dump_config, load_config
 from pretrain.config_fields import find_field, list_settings
-from pretrain.trainer import different_setting
 
 GOOD = "run: {dir: runs/x}\ndata:\n  train: d\n"
 
@@ -197,14 +196,3 @@ def test_every_setting_is_described(tmp_path: Path) -> None:
     assert values["run.dir"] == "runs/x" and values["data.image.patch_size"] == 16
     assert "data.build[].source" in values
     assert all(find_field(Config, tuple(path.replace("[]", "").split("."))) is not None for path in values)
-
-
-def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
-    config = load(tmp_path, "{run: {dir: r}, data: {train: a}}")
-    old = config.model_dump(mode="json")
-    del old["data"]["image"]["draft"]
-    assert different_setting(old, config) is None
-    drafted = load(tmp_path, "{run: {dir: r}, data: {train: a, image: {size: 48, draft: true}}}")
-    assert different_setting(old, drafted) == "data.image.draft: False -> True"
-    old["model"]["gone"] = 1
-    assert different_setting(old, config) == "data.image.draft: None -> False"

@@ -1,14 +1,15 @@
 """Started by test_zero.py on N ranks: train a few steps under several engines and print the losses as JSON on rank 0.
 
 Samples are dealt in several ways: `even` deals full and text-only samples to all ranks, `apart` gives rank 0 all full
-ones and rank 1 none, and `alternate` swaps the two ranks every step. `poison` [rank, steps] makes the caption loss
-of that rank's batch NaN in those steps.
+ones and rank 1 none, and `alternate` swaps the two ranks every step. `poison` [rank, steps] makes the caption loss of
+that rank's share NaN in those steps; `poisons` [[rank, step, how]...] does as `poison.py` says. A step stands for its
+batch here.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -21,20 +22,22 @@ from pretrain.engine import prepare_environment
 prepare_environment()
 
 from pretrain.callbacks import Callback, StepRecord  # noqa: E402
+from pretrain.callbacks.ledger import LedgerKeeper  # noqa: E402
+from pretrain.callbacks.logs import Console, MetricsFile  # noqa: E402
 from pretrain.engine import Engine  # noqa: E402
 from pretrain.model.omni import OmniPretrainer  # noqa: E402
 from pretrain.trainer import LimitPassed, Trainer  # noqa: E402
+from tests.pretrain.poison import POISONS  # noqa: E402
 from tests.pretrain.tiny import batch_of, sample, tiny_config, word_tokenizer  # noqa: E402
 
 GLOBAL_BATCH = 8
 
 
-def batches(
-    dealing: str, rank: int, world_size: int, samples: int = 1000, poison: tuple[int, list[int]] = (0, [])
-) -> Iterator[dict[str, Any]]:
-    step = 0
+def batches(case: dict[str, Any], rank: int, world_size: int, numbers: range) -> Iterator[dict[str, Any]]:
     share = GLOBAL_BATCH // world_size
-    while True:
+    poison = case.get("poison", (0, []))
+    poisons = [*case.get("poisons", []), *([poison[0], step, "loss"] for step in poison[1])]
+    for step in numbers:
         full = [2 * i for i in range(GLOBAL_BATCH // 2)]
         bare = [i + 1 for i in full]
         order = {
@@ -42,15 +45,16 @@ def batches(
             "apart": full + bare,
             "alternate": full + bare if step % 2 else bare + full,
         }
-        mine = order[dealing][rank * share : (rank + 1) * share]
-        base = step * GLOBAL_BATCH % samples
+        mine = order[case["dealing"]][rank * share : (rank + 1) * share]
+        base = step * GLOBAL_BATCH % case.get("samples", 1000)
         batch = batch_of([sample(base + i, image=i % 2 == 0, audio=i % 2 == 0) for i in mine])
-        step += 1
-        yield {**batch, "poisoned": rank == poison[0] and step in poison[1]}
+        yield {**batch, "step": step, "poisons": [how for *where, how in poisons if where == [rank, step + 1]]}
 
 
 def poisoned(model: OmniPretrainer, arguments: Any, output: Any) -> Any:
-    return replace(output, text=output.text * math.nan) if arguments[0]["poisoned"] else output
+    for how in arguments[0]["poisons"]:
+        output = replace(output, text=POISONS[how](output.text))
+    return output
 
 
 class Losses(Callback):
@@ -58,7 +62,8 @@ class Losses(Callback):
         self.found: list[dict[str, Any]] = []
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        self.found.append({"loss": record.loss, "grad_norm": record.grad_norm or 0.0, "skipped": record.skipped})
+        numbers = {"step": record.step, "batch": record.batch, "loss": record.loss, "skipped": record.skipped}
+        self.found.append({**numbers, "grad_norm": record.grad_norm or 0.0})
 
 
 def train(case: dict[str, Any], folder: Path, number: int) -> list[dict[str, Any]]:
@@ -78,10 +83,11 @@ def train(case: dict[str, Any], folder: Path, number: int) -> list[dict[str, Any
     model.register_forward_hook(poisoned)
     engine.prepare(model)
     losses = Losses()
-    trainer = Trainer(config, engine, run_dir, "test", 1000, [losses], lambda step: {})
-    poison = case.get("poison", (0, []))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    callbacks = [losses, LedgerKeeper(run_dir, {}), MetricsFile(run_dir / "metrics.jsonl"), Console(1)]
+    trainer = Trainer(config, engine, run_dir, "test", 1000, callbacks, lambda step: {})
     try:
-        trainer.run(batches(case["dealing"], engine.rank, engine.world_size, case.get("samples", 1000), poison))
+        trainer.run(functools.partial(batches, case, engine.rank, engine.world_size))
     except LimitPassed as error:
         losses.found.append({"stopped": str(error)})
     return losses.found

@@ -1,0 +1,57 @@
+"""Are two runs' final checkpoints the same to the last bit: weights, moments, generators?"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from pretrain import checkpoint
+from pretrain.consolidate import safe_unpickling
+
+# What names the run or the moment instead of its state.
+_NAMES = {"triptych", "ds_config", "ds_version"}
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """Names of what differs between the newest valid checkpoints of two run directories; empty when nothing does."""
+    states = []
+    for run_dir in (first, second):
+        found, _ = checkpoint.find_latest(run_dir)
+        if found is None:
+            return [f"{run_dir} has no valid checkpoint"]
+        states.append((found.step, fingerprints(found.path)))
+    (step, a), (other_step, b) = states
+    if step != other_step:
+        return [f"the newest checkpoints are of steps {step} and {other_step}"]
+    return [f"{name} differs" for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+
+
+def fingerprints(path: Path) -> dict[str, str]:
+    """SHA-256 of every tensor and value in the rank's files of a checkpoint, by file and place."""
+    found: dict[str, str] = {}
+    with safe_unpickling():
+        for file in sorted(path.rglob("*.pt")):
+            _walk(torch.load(file, map_location="cpu", weights_only=True), str(file.relative_to(path)), found)
+    for file in sorted(path.rglob("*.safetensors")):
+        _walk(load_file(file), str(file.relative_to(path)), found)
+    assert found
+    return found
+
+
+def _walk(value: Any, name: str, found: dict[str, str]) -> None:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key not in _NAMES:
+                _walk(each, f"{name}/{key}", found)
+    elif isinstance(value, (list, tuple)):
+        for i, each in enumerate(value):
+            _walk(each, f"{name}/{i}", found)
+    elif isinstance(value, torch.Tensor):
+        data = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        found[name] = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode() + data).hexdigest()
+    else:
+        found[name] = repr(value)
