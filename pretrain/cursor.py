@@ -48,5 +48,5 @@ class Cursor:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; where an older one does not say, batches were steps."""
-        self.batch = int(state.get("batch", state["step"]))
+        self.batch = int(state["batch"] if "batch" in state else state["step"])
         self.passed_over = {int(number) for number in state.get("passed_over", ())}
