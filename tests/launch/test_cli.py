@@ -134,7 +134,7 @@ def test_checkpoints_of_a_run_without_any(tmp_path: Path) -> None:
 def test_a_broken_checkpoint_is_listed_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     (found,) = json.loads(run("checkpoints", tmp_path, "--json").stdout)
-    assert set(found) == {"step", "path", "valid", "reason"}
+    assert set(found) == {"step", "path", "valid", "reason", "bytes"}
     assert found["step"] == 4 and found["valid"] is False and "MANIFEST.json" in found["reason"]
     assert "no: MANIFEST.json" in " ".join(run("checkpoints", tmp_path).stdout.split())
 
