@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,9 @@ from typing import Any, Literal
 
 from data_pipelines.atomic import atomic_file
 from launch.processes import signal_name
+from pretrain.checkpoint.manifest import directories, looks_whole
 
 Kind = Literal["hang", "rank_died", "worker_died", "exception", "launcher_died"]
-_STEP = re.compile(r"step-(\d{8})")
 _KILLED = 9
 
 
@@ -91,18 +90,8 @@ def report(incident: Incident, run_dir: Path, status: int, attempt: int, resume:
 
 
 def last_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest checkpoint whose manifest parses and whose files have its sizes; reads no more."""
-    found = [
-        (match, path) for path in (run_dir / "checkpoints").glob("step-*") if (match := _STEP.fullmatch(path.name))
-    ]
-    for match, path in sorted(found, key=lambda pair: pair[1].name, reverse=True):
-        try:
-            files = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
-            if all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items()):
-                return int(match[1]), path
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return None
+    """Step and folder of the newest checkpoint that looks whole; reads no more than its manifest."""
+    return next(((step, path) for step, path in reversed(list(directories(run_dir))) if looks_whole(path)), None)
 
 
 class Log:

@@ -12,9 +12,11 @@ in this process. Three things differ, because a scheduler needs them:
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -31,6 +33,8 @@ from pretrain.orphan import LAUNCHER_VARIABLE
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 DONE, FAULT, BAD_INPUT, RUN_AGAIN, ENDED = 0, 1, 2, 75, 76
+PRIVATE_FOLDER = "triptych-"
+"""What the name of a supervisor's private folder begins with."""
 ENDED_RANKS = "ended.json"
 """Where the launcher leaves `[[rank, exit code]]` of the ranks that ended badly by themselves."""
 _SECONDS_TO_SAVE_ALONE = 30.0
@@ -45,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     supervised = os.environ.get(FOLDER_VARIABLE)
     if supervised:
         threading.Thread(target=_end_with_supervisor, args=(os.getppid(),), daemon=True).start()
+        atexit.register(_clear_after_supervisor, os.getppid(), Path(supervised).parent)
     # c10d warns with a stack trace when the node that holds its store ends before another one, as one always does.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -102,6 +107,12 @@ def _end_with_supervisor(supervisor: int) -> None:
     time.sleep(_SECONDS_TO_SAVE_ALONE)
     end_all(os.getpid())
     os._exit(ENDED)
+
+
+def _clear_after_supervisor(supervisor: int, private: Path) -> None:
+    """Remove the private folder of a supervisor that is gone and cannot do so itself."""
+    if os.getppid() != supervisor and private.name.startswith(PRIVATE_FOLDER):
+        shutil.rmtree(private, ignore_errors=True)
 
 
 class _PassOn:

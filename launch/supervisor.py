@@ -24,7 +24,7 @@ from types import FrameType
 from launch.board import Board
 from launch.incident import Incident, Kind, Log, died_of, report, say
 from launch.processes import children, descendants, end_all, send, signal_name, wait_until_gone
-from launch.ranks import BAD_INPUT, DONE, ENDED, ENDED_RANKS, PASSED_ON, RUN_AGAIN
+from launch.ranks import BAD_INPUT, DONE, ENDED, ENDED_RANKS, PASSED_ON, PRIVATE_FOLDER, RUN_AGAIN
 from launch.stall import RankView, Verdict, Watch, find_guilty
 from pretrain.config import SupervisorConfig
 from pretrain.heartbeat import AFTER_VARIABLE, FOLDER_VARIABLE, Failure, read_failure
@@ -79,7 +79,7 @@ def supervise(job: Job, settings: SupervisorConfig) -> int:
     steps: list[int] = []
     before = _checkpoints(job.run_dir)
     after: Path | None = None
-    private = Path(tempfile.mkdtemp(prefix="triptych-"))
+    private = Path(tempfile.mkdtemp(prefix=PRIVATE_FOLDER))
     with _Signals() as signals:
         try:
             while True:

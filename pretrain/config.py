@@ -100,7 +100,10 @@ class EngineConfig(Settings):
     offload_optimizer: bool = Field(False, description="Keep the optimizer state in host memory (ZeRO 1 to 3).")
     offload_parameters: bool = Field(False, description="Keep the parameters in host memory (ZeRO 3).")
     bucket_mb: PositiveInt = Field(200, description="Size of a communication bucket in MB.")
-    collective_timeout_seconds: PositiveInt = Field(600, description="A collective that takes longer ends the run.")
+    collective_timeout_seconds: PositiveInt = Field(
+        1800,
+        description="A collective that takes longer ends the run. Above supervisor.hang_seconds, which names the rank.",
+    )
 
 
 class CheckpointConfig(Settings):

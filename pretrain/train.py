@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if global_rank():
             let_rank_0_speak()
         else:
+            pulse.fail(error)
             print(f"stopped: {printable(str(error))}", file=sys.stderr)
         return FAULT
     except KeyboardInterrupt:
@@ -160,7 +161,7 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
             derive_generators(config.run.seed, 0, engine.rank, engine.device)
         else:
             check_tokenizer(start, old, tokenizers)
-            checkpoint.load(engine, start, run_dir, lambda: pulse.beat("start", step))
+            checkpoint.load(engine, start, run_dir, pulse.tick)
         run_id = write_run_files(run_dir, dump_config(config), engine, step, changed) if engine.is_main else ""
         run_id = engine.gather_objects(run_id)[0]
 

@@ -82,7 +82,7 @@ class Trainer:
         self.pulse = pulse or Pulse(engine.rank)
         self.watch = Watch(config.watch)
         self.saver = checkpoint.Saver(
-            engine, run_dir, run_id, config.checkpoint, self._alive_in_checkpoint, lambda: self.check_owner()
+            engine, run_dir, run_id, config.checkpoint, self.pulse.tick, lambda: self.check_owner()
         )
         self.step = 0
         """Optimizer steps done, skipped ones among them."""
@@ -288,7 +288,7 @@ class Trainer:
 
     def finish_saving(self, last: bool = False) -> None:
         """Wait until the checkpoint that is being written, if any, is whole and in `committed`."""
-        self._alive_in_checkpoint()
+        self.pulse.beat("checkpoint", self.step)
         self._settle(self.saver.wait(), last)
 
     def _settle(self, saved: checkpoint.Saved | None, last: bool = False) -> None:
@@ -302,14 +302,14 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_checkpoint(self, path)
             return
+        if self.engine.is_main:
+            # A run that was displaced stops; any other failure may be one that passes.
+            self.check_owner()
         problem = f"no checkpoint of step {saved.step}: {saved.reason}"
         if last or self.config.checkpoint.on_failure == "stop":
             raise checkpoint.SaveFailed(problem)
         if self.engine.is_main:
             print(f"{problem}; training goes on, the next one is due as planned", file=sys.stderr, flush=True)
-
-    def _alive_in_checkpoint(self) -> None:
-        self.pulse.beat("checkpoint", self.step)
 
 
 class CachedAlignment:

@@ -13,6 +13,7 @@ from data_pipelines.errors import BadInput
 from launch.doctor.finding import Finding, error, ok, size, warning
 from launch.doctor.machine import num_parameters
 from launch.incident import last_checkpoint
+from pretrain.checkpoint.manifest import bytes_of, directories
 from pretrain.config import Config
 from pretrain.owner import is_ending, is_gone, read_owner
 
@@ -79,12 +80,12 @@ def room(config: Config) -> Finding:
     free = shutil.disk_usage(_existing(run_dir)).free
     newest = last_checkpoint(run_dir)
     about = "" if newest else "about "
-    each = _folder_bytes(newest[1]) if newest else num_parameters(config) * _BYTES_A_PARAMETER
+    each = bytes_of(newest[1]) if newest else num_parameters(config) * _BYTES_A_PARAMETER
     wanted = config.checkpoint.keep_last + 1
     found = f"{size(free)} free, a checkpoint takes {about}{size(each)}, up to {wanted} are there at a time"
     if newest and free < each:
         return error("room", found, "make room, or use another run.dir")
-    there = sum(1 for _ in (run_dir / "checkpoints").glob("step-*"))
+    there = len(list(directories(run_dir)))
     if free < each * max(1, wanted - there):
         return warning("room", found, "make room, lower checkpoint.keep_last, or use another run.dir")
     return ok("room", found)
@@ -115,7 +116,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists() and folder.parent != folder:
         folder = folder.parent
     return folder
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -16,6 +16,7 @@ import pytest
 
 from data_pipelines.errors import BadInput
 from launch.doctor import check_before_start, machine, of_run
+from pretrain.checkpoint.manifest import FORMAT_VERSION, seal
 from pretrain.config import Config
 from pretrain.owner import Owner
 from tests.ranks import ROOT
@@ -78,8 +79,16 @@ def test_room_for_checkpoints_and_batches(tmp_path: Path, monkeypatch: pytest.Mo
     newest.mkdir(parents=True)
     with (newest / "weights").open("wb") as file:
         file.truncate(free + 10**9)
-    manifest = {"files": {"weights": {"bytes": free + 10**9, "sha256": ""}}}
-    (newest / "MANIFEST.json").write_text(json.dumps(manifest))
+    files = {"weights": {"bytes": free + 10**9, "sha256": "", "rank": 0}}
+    about = {
+        "format_version": FORMAT_VERSION,
+        "run_id": "x",
+        "step": 2,
+        "world_size": 1,
+        "zero_stage": 2,
+        "files": files,
+    }
+    (newest / "MANIFEST.json").write_text(json.dumps(seal(about)))
     found = of_run.room(config(tmp_path))
     assert found.level == "error" and "make room" in found.advice
 

@@ -123,6 +123,24 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_until_a_stop_file(run: Run)
     assert f"took {run.dir} over" in said and not (run.dir / "owner.json").exists()
 
 
+@pytest.mark.parametrize("run", [{"train": {"max_steps": 5000}}], indirect=True, ids=["endless"])
+def test_a_run_that_was_displaced_stops_without_committing(run: Run) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pretrain.train", str(run.config)]
+    run.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    run.wait(lambda: len(run.metrics()) > 4)
+    owner = json.loads((run.dir / "owner.json").read_text())
+    other = run.dir / "other.json"
+    other.write_text(json.dumps(owner | {"token": "of another run", "host": "node7"}))
+    other.replace(run.dir / "owner.json")
+    displaced_at = run.metrics()[-1]["step"]
+    status, said = run.end()
+    assert status == 2 and "was taken over by another run (host node7" in said, said
+    saved = [int(path.name.removeprefix("step-")) for path in (run.dir / "checkpoints").glob("step-*")]
+    assert max(saved) <= displaced_at + 3 and run.metrics()[-1]["step"] <= displaced_at + 9
+    assert json.loads((run.dir / "owner.json").read_text())["token"] == "of another run"
+
+
 @pytest.mark.parametrize(
     "run",
     [

@@ -88,7 +88,7 @@ class Running:
         program.write_text(PROGRAM)
         self.process = subprocess.Popen(
             [sys.executable, "-c", SUPERVISOR, str(program), mode, str(self.folder)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder)},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -152,6 +152,7 @@ def test_a_killed_supervisor_leaves_nothing_behind(tmp_path: Path) -> None:
     running = Running(tmp_path, "loop").wait_until_up()
     running.process.kill()
     running.end()
+    assert not list(running.folder.glob("triptych-*"))
     assert all((running.folder / f"saved-{rank}").exists() for rank in (0, 1))
 
 
