@@ -142,6 +142,7 @@ class Trainer:
         loss, parts = joint.means(totals, counts, self.config.losses)
         self.watch.see_loss(loss)
         self.pulse.beat("optimizer", self.step + 1)
+        self.saver.before_update()
         self.engine.update(rate, self.watch.accepts)
 
         self.step += 1
