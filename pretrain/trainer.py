@@ -194,6 +194,7 @@ class Trainer:
         loss, parts = joint.means(totals, counts, self.config.losses)
         self.watch.see_loss(self.step + 1, loss)
         self.pulse.beat("optimizer", self.step + 1)
+        self.saver.before_update()
         self.engine.update(rate, self.watch.accepts)
 
         number, norm, verdict = int(batch["step"]), self.engine.grad_norm(), self.watch.verdict

@@ -1,8 +1,9 @@
-"""A checkpoint from the loop's side: stand still for a copy, train on while it is written, hear when it is whole.
+"""A checkpoint from the loop's side: train on while the state is copied and written, hear when it is whole.
 
 All ranks call the same methods in the same steps. How far each is, the ranks say in the sum that they make every step
 anyway, so that no thread of a writer ever waits in a collective:
 
+    copying     each rank's thread copies what is large to host memory, which must be done before the next update
     writing     each rank's thread writes its files; when the sum says that all are through, one gather brings what
                 they wrote, or why they could not, to all
     committing  rank 0's thread gives the checkpoint its name and removes old ones; then the ranks hear the outcome
@@ -105,6 +106,7 @@ class Saver:
         self._buffers = HostBuffers(pinned=engine.device.type == "cuda")
         self._thread = WriterThread()
         self._pending: _Pending | None = None
+        self._copying: Work | None = None
         if engine.is_main:
             retention.clear_leftovers(run_dir)
 
@@ -119,6 +121,7 @@ class Saver:
             None; or, where there is no room for it, that it failed.
         """
         assert self._pending is None
+        self.before_update()
         started = time.perf_counter()
         engine = self._engine
         # Nothing of the last checkpoint reads these any more.
@@ -136,6 +139,19 @@ class Saver:
         writing = self._thread.start(lambda count: write_files(work, files, rank, count))
         self._pending = _Pending(step, work, started, writing, time.perf_counter() - started)
         return None
+
+    def before_update(self) -> None:
+        """Wait until the state after the last `begin` is copied. Whatever changes weights or moments calls it first."""
+        if self._copying is None:
+            return
+        started = time.perf_counter()
+        while not self._copying.done:
+            self._copying.wait(_POLL_SECONDS)
+        error, self._copying = self._copying.error, None
+        if error is not None:
+            raise error
+        if self._pending is not None:
+            self._pending.stall_seconds += time.perf_counter() - started
 
     @property
     def busy(self) -> bool:
@@ -169,6 +185,7 @@ class Saver:
 
     def wait(self) -> Saved | None:
         """Stand still until nothing is pending; returns how it ended, or None where nothing was."""
+        self.before_update()
         before = -1
         while self._pending is not None:
             started = time.perf_counter()
@@ -199,8 +216,18 @@ class Saver:
         if engine.is_main:
             files[TRAINER_STATE] = Bytes(json.dumps(state, indent=1).encode())
             files[ZERO_TAG_FILE] = Bytes(ZERO_TAG.encode())
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize(engine.device)
+        copied = torch.cuda.Event() if engine.device.type == "cuda" else None
+        if copied is not None:
+            copied.record()
+
+        def copy(count: Callable[[int], None]) -> None:
+            for content in files.values():
+                if isinstance(content, FrozenFile):
+                    content.copy()
+            if copied is not None:
+                copied.synchronize()
+
+        self._copying = self._thread.start(copy)
         return files
 
     def _hear_all_written(self, pending: _Pending) -> tuple[int, str | None] | None:

@@ -1,6 +1,7 @@
 """A rank's state as it was at one moment, in host memory that is used again for the next checkpoint.
 
-Training goes on as soon as the copy is made. Storages are copied whole and once, and tensors keep their view of them,
+What is large changes only when the optimizer updates it, so it is copied while the next step is on its way there; all
+else is copied at once. Storages are copied whole and once, and tensors keep their view of them,
 so that `torch.save` of the copy writes what `torch.save` of the original would have written: tied tensors stay tied.
 All that is not a tensor goes through a pickle of our own making, so that nothing of it is shared with the live state.
 """
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 # Of a storage in a zip file: its two headers and the padding to 64 bytes; of a file: what torch writes beside it.
 _RECORD_BYTES, _FILE_BYTES = 512, 8192
+# Weights and moments are in large storages. Statistics that a forward pass may move are in small ones.
+_LARGE_BYTES = 64 << 10
 
 
 class HostBuffers:
@@ -39,7 +42,7 @@ class HostBuffers:
 
 
 class FrozenFile:
-    """What one `.pt` file is to hold, frozen in host memory."""
+    """What one `.pt` file is to hold, frozen in host memory once `copy` has been called, before the next update."""
 
     def __init__(self, state: Any, buffers: HostBuffers) -> None:
         structure = io.BytesIO()
@@ -47,8 +50,15 @@ class FrozenFile:
         pickler.dump(state)
         self._structure = structure.getvalue()
         self._tensors = pickler.copies
+        self._to_copy = pickler.to_copy
         self.num_bytes = len(self._structure) + _FILE_BYTES + pickler.num_bytes
         """At most so many bytes will be written."""
+
+    def copy(self) -> None:
+        """Copy the large storages; from then on the live state may change."""
+        while self._to_copy:
+            buffer, live = self._to_copy.pop()
+            buffer.copy_(live)
 
     def write(self, file: Any) -> None:
         """Write it as `torch.save` does into an object with `write` and `flush`."""
@@ -59,6 +69,8 @@ class _TensorsApart(pickle.Pickler):
     def __init__(self, file: io.BytesIO, buffers: HostBuffers) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self.copies: list[Tensor] = []
+        self.to_copy: list[tuple[Tensor, Tensor]] = []
+        """Host buffer and live bytes of what is copied later."""
         self.num_bytes = 0
         self._buffers = buffers
         self._numbers: dict[int, int] = {}
@@ -82,7 +94,10 @@ class _TensorsApart(pickle.Pickler):
         if storage is None:
             buffer = self._buffers.take(source.nbytes())
             live = torch.empty(0, dtype=torch.uint8, device=source.device).set_(source)  # type: ignore[call-overload]
-            buffer.copy_(live, non_blocking=True)
+            if source.nbytes() >= _LARGE_BYTES and source.device.type == "cpu":
+                self.to_copy.append((buffer, live))
+            else:
+                buffer.copy_(live, non_blocking=True)
             storage = self._storages[source._cdata] = buffer.untyped_storage()
             self._alive.append(source)
             self.num_bytes += source.nbytes() + _RECORD_BYTES

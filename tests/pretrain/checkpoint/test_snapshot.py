@@ -23,6 +23,7 @@ def state() -> dict[str, Any]:
         "module": {"a": flat[:6].view(2, 3), "b": flat[8:24].view(4, 4).t(), "parameter": parameter},
         "tied": [parameter, parameter.data],
         "types": (torch.randn(5).bfloat16(), torch.tensor([True, False]), torch.tensor(7), torch.empty(0)),
+        "large": torch.randn(300, 300),
         "numbers": {"step": 3, "betas": [0.9, 0.98]},
     }
 
@@ -50,6 +51,11 @@ def test_it_holds_what_was_there_and_shares_what_was_shared() -> None:
     expected_file.seek(0)
     expected = torch.load(expected_file, weights_only=True)
     frozen = FrozenFile(live, HostBuffers(pinned=False))
+    # What is large may not change until it is copied; all else may at once.
+    live["module"]["b"].zero_()
+    live["large"] += 1
+    expected["large"] += 1
+    frozen.copy()
     for leaf in leaves(live):
         if isinstance(leaf, Tensor):
             leaf.data.zero_()
