@@ -28,7 +28,7 @@ import psutil
 from tests.faults.harness import Running, incidents, metrics, recipe, triptych
 from tests.faults.states import differences
 
-HANG_SECONDS = 8
+HANG_SECONDS, START_SECONDS = 8, 60
 STOPPED, DEAD = 75, 76
 
 Inject = Callable[[Running, random.Random], None]
@@ -136,7 +136,7 @@ FAULTS = (
 
 def chaos(folder: Path, minutes: float, seed: int, mean_seconds: float, stage: int, steps: int | None) -> list[str]:
     """Run it all below `folder` and return what did not hold; empty when everything did."""
-    supervisor = {"hang_seconds": HANG_SECONDS, "max_restarts": 0}
+    supervisor = {"hang_seconds": HANG_SECONDS, "start_seconds": START_SECONDS, "max_restarts": 0}
     common = {"checkpoint": {"every_steps": 10, "keep_last": 4}, "supervisor": supervisor, "data": {"num_workers": 1}}
     speed = _undisturbed(recipe(folder, "speed", stage, train={"max_steps": 60}, **common))
     # Half of the time goes to starting again, and to steps that are done a second time.
