@@ -14,10 +14,10 @@ export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/.stamp
 	$(BIN)/triptych demo --out runs/demo
 
-# Tests that start no second process group go two files at a time; the others have the machine to themselves.
+# Two files at a time, since most tests wait more than they compute; the cluster has the machine to itself.
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -m fast -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "not fast and not soak"
+	$(BIN)/python -m pytest -m "not slurm and not soak" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slurm and not soak"
 
 test-fast: $(VENV)/.stamp
 	$(BIN)/python -m pytest -m fast
