@@ -1,6 +1,7 @@
 # make demo    the whole way on the embedded data set, in minutes, on a CPU
 # make test    every test but the hours-long ones      make test-fast   those that start no second process group
 # make check   lint, format, types                     make docs        write the generated pages again
+# make soak    the hours-long tests                    make chaos       MINUTES=30 of random faults against one run
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # DeepSpeed and torch start a thread a core in every rank; two ranks on a small machine then fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast check format docs clean
+.PHONY: demo test test-fast soak chaos check format docs clean
 
 demo: $(VENV)/.stamp
 	$(BIN)/triptych demo --out runs/demo
@@ -21,6 +22,13 @@ test: $(VENV)/.stamp
 
 test-fast: $(VENV)/.stamp
 	$(BIN)/python -m pytest -m fast
+
+soak: $(VENV)/.stamp
+	$(BIN)/python -m pytest -m soak
+
+MINUTES ?= 30
+chaos: $(VENV)/.stamp
+	$(BIN)/python -m tests.faults.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.stamp
 	$(BIN)/ruff check .

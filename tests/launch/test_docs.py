@@ -82,5 +82,17 @@ def test_commands_and_options_in_the_docs_exist(page: Path) -> None:
             assert option in shown.output, line
 
 
+def test_every_fault_of_the_table_has_a_test() -> None:
+    table = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").split("## The table of faults")[1]
+    rows = [line for line in table.split("\n\n")[1].splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 15
+    for row in rows:
+        folder, proofs = ROOT, re.findall(r"`((?:tests/\S+/)?(?:test_\w+\.py)?)`", row)
+        assert any(proofs), row
+        for proof in filter(None, proofs):
+            folder = (ROOT / proof).parent if "/" in proof else folder
+            assert (ROOT / proof if "/" in proof else folder / proof).exists(), proof
+
+
 # Named under "Planned, not there" in docs/design.md.
 PLANNED = ("plan", "submit", "status", "finetune")
