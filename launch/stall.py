@@ -17,6 +17,7 @@ from launch.processes import GONE, STOPPED, UNINTERRUPTIBLE, catches, descendant
 from pretrain.heartbeat import STACKS_SIGNAL, Beat, read_beat, stacks_file
 
 _ANSWER_SECONDS = 3.0
+_BETWEEN_STACKS_SECONDS = 0.02
 # Longer than this between two looks, and it was this process that stood still (a suspended machine, SIGSTOP).
 _OWN_PAUSE_SECONDS = 5.0
 _COLLECTIVE = re.compile(r'File "[^"]*/(torch/distributed|deepspeed/comm)/')
@@ -125,7 +126,10 @@ class Watch:
             if beat.pid in pids and state(beat.pid) != STOPPED and catches(beat.pid, STACKS_SIGNAL):
                 asked[rank] = _size(stacks_file(self._folder, rank))
                 workers = [pid for pid in descendants(beat.pid) if catches(pid, STACKS_SIGNAL)]
-                send([beat.pid, *workers], STACKS_SIGNAL)
+                for pid in (beat.pid, *workers):
+                    send([pid], STACKS_SIGNAL)
+                    # They write into one file, and would mix their lines.
+                    time.sleep(_BETWEEN_STACKS_SECONDS)
         answers = self._wait_for_answers(asked)
         views = []
         for rank in self._ranks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -62,7 +63,7 @@ def main(run_dir: Path) -> None:
     config = tiny_config(str(run_dir), train={"max_steps": 4, "warmup_steps": 2}, checkpoint={"every_steps": 2})
     engine = Engine(config)
     engine.prepare(OmniPretrainer.build(config, word_tokenizer()))
-    Trainer(config, engine, run_dir, "hostile", 1000, [], lambda step: {}).run(batches(0, 1))
+    Trainer(config, engine, run_dir, "hostile", 1000, [], lambda step: {}).run(functools.partial(batches, 0, 1))
     cases = run_dir.parent / "cases"
     while not cases.is_dir():
         time.sleep(0.01)

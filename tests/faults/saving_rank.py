@@ -9,6 +9,7 @@ tests would see it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -60,12 +61,10 @@ class Slowly(Callback):
         time.sleep(0.02)
 
 
-def batches(rank: int, world_size: int) -> Iterator[dict[str, Any]]:
-    step = 0
-    while True:
-        numbers = range(step * GLOBAL_BATCH + rank, (step + 1) * GLOBAL_BATCH, world_size)
-        yield batch_of([sample(i) for i in numbers])
-        step += 1
+def batches(rank: int, world_size: int, numbers: range) -> Iterator[dict[str, Any]]:
+    for step in numbers:
+        samples = range(step * GLOBAL_BATCH + rank, (step + 1) * GLOBAL_BATCH, world_size)
+        yield {**batch_of([sample(i) for i in samples]), "step": step}
 
 
 def break_protocol(how: str | None) -> None:
@@ -104,7 +103,7 @@ def main(run_dir: Path, case: dict[str, Any]) -> None:
     break_protocol(case.get("mutation"))
     trainer = Trainer(config, engine, run_dir, "faults", 1000, callbacks, lambda step: {})
     try:
-        trainer.run(batches(engine.rank, engine.world_size))
+        trainer.run(functools.partial(batches, engine.rank, engine.world_size))
     except checkpoint.SaveFailed as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)

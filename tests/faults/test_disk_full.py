@@ -101,7 +101,7 @@ def test_the_last_checkpoint_of_a_run_must_succeed(run: Path) -> None:
         errors = rank.err.read_text()
         assert rank.process.exitcode == 1
         assert errors.count("no checkpoint of step 4") == 1
-        assert "stopped: no checkpoint of step 4: no room for it: " in errors and "Traceback" not in errors
+        assert "error: no checkpoint of step 4: no room for it: " in errors and "Traceback" not in errors
     assert steps_left(run) == [2]
 
 

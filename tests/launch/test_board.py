@@ -15,8 +15,8 @@ from launch.board import Board
 from tests.launch.supervised import processes_with
 from tests.ranks import ROOT
 
-LIMIT = 1
-BUSY_SECONDS = 4
+LIMIT = 3
+BUSY_SECONDS = 8
 
 # Rank 0 works on something long, of which it gives signs, while rank 1 waits for it; then rank 0 hangs.
 RANK = """

@@ -70,13 +70,13 @@ ctypes.PyDLL(None).sleep(60)
     pids = [int(word) for word in process.stdout.readline().split()]
     try:
         end = time.monotonic() + 20
-        while stacks_file(tmp_path, 5).read_text().count("most recent call first") < 2:
+        while stacks_file(tmp_path, 5).read_text().count("line 7 in <module>") < 2:
             assert time.monotonic() < end
             for pid in pids:
                 os.kill(pid, STACKS_SIGNAL)
-            time.sleep(0.2)
+                # They write into one file, and would mix their lines.
+                time.sleep(0.1)
     finally:
         for pid in pids:
             os.kill(pid, 9)
         process.communicate(timeout=20)
-    assert "line 7 in <module>" in stacks_file(tmp_path, 5).read_text()
