@@ -15,6 +15,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -182,9 +183,19 @@ def _hit_once(run: Running, draw: random.Random, end: float, mean_seconds: float
         print(f"step {run.step()}: {fault.name}", flush=True)
         run.family()
         fault.inject(run, draw)
-        if fault.statuses:
+        if fault.statuses and _ends_within(run, 2 * START_SECONDS):
             return fault
     return None
+
+
+def _ends_within(run: Running, seconds: float) -> bool:
+    """Whether the command ends; a fault may also hit a process that nobody needs."""
+    try:
+        run.process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        print("  without effect", flush=True)
+        return False
+    return True
 
 
 def _undisturbed(config: Path) -> float:
