@@ -14,13 +14,12 @@ export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/.stamp
 	$(BIN)/triptych demo --out runs/demo
 
-# Tests that start no second process group go two files at a time; the others have the machine to themselves.
-test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -m fast -n 2 --dist loadfile
+test: test-fast
 	$(BIN)/python -m pytest -m "not fast and not soak"
 
+# They start no second process group, so two files go at a time; the others have the machine to themselves.
 test-fast: $(VENV)/.stamp
-	$(BIN)/python -m pytest -m fast
+	$(BIN)/python -m pytest -m fast -n 2 --dist loadfile
 
 check: $(VENV)/.stamp
 	$(BIN)/ruff check .
