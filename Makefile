@@ -20,8 +20,9 @@ test: $(VENV)/.stamp
 	$(BIN)/python -m pytest -m "not slurm and not soak" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m "slurm and not soak"
 
+# Those that start no second process group.
 test-fast: $(VENV)/.stamp
-	$(BIN)/python -m pytest -m fast
+	$(BIN)/python -m pytest -m fast -n 2 --dist loadfile
 
 soak: $(VENV)/.stamp
 	$(BIN)/python -m pytest -m soak

@@ -120,6 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_HEAD = do_GET
 
     def route(self, path: str, body: bytes) -> None:
+        """Answer one request. Each server has its own; this class has the connection and the faults."""
         raise NotImplementedError
 
     def answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:

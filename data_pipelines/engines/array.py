@@ -63,6 +63,7 @@ class ArrayWork:
             data = (submission / WORK_FILE).read_bytes()
         except OSError as error:
             raise BadInput(f"{submission / WORK_FILE}: {error.strerror}; submit the build again") from error
+        # Only this user can have written it: `check_private` refuses a folder that others own or may open.
         work = pickle.loads(data)
         assert isinstance(work, ArrayWork)
         return work
