@@ -48,9 +48,8 @@ def _signal_one(
     find: Callable[[Running], list[psutil.Process]], number: int
 ) -> Callable[[Running, random.Random], None]:
     def inject(run: Running, draw: random.Random) -> None:
-        found = find(run)
-        if found:
-            _send(draw.choice(found), number)
+        if run.wait_for(lambda: bool(find(run))):
+            _send(draw.choice(find(run)), number)
 
     return inject
 
@@ -121,7 +120,11 @@ FAULTS = (
     Fault("SIGSTOP to a rank", _signal_one(Running.ranks, signal.SIGSTOP), (DEAD,)),
     Fault("SIGKILL to a data worker", _signal_one(Running.workers, signal.SIGKILL), (DEAD, 1)),
     Fault("SIGSTOP to a data worker", _signal_one(Running.workers, signal.SIGSTOP), (DEAD,)),
-    Fault("SIGKILL to the launcher", _signal_one(lambda run: [run.launcher()], signal.SIGKILL), (DEAD, 137)),
+    Fault(
+        "SIGKILL to the launcher",
+        _signal_one(lambda run: [run.launcher()] if run.ranks() else [], signal.SIGKILL),
+        (DEAD, 137),
+    ),
     Fault("SIGKILL to the supervisor", lambda run, draw: run.process.kill(), (-signal.SIGKILL,)),
     Fault("SIGKILL to everything", _everything_killed, (-signal.SIGKILL,)),
     Fault("SIGTERM", lambda run, draw: run.process.terminate(), (STOPPED,)),
@@ -172,7 +175,10 @@ def chaos(folder: Path, minutes: float, seed: int, mean_seconds: float, stage: i
 
 def _hit_once(run: Running, draw: random.Random, end: float, mean_seconds: float, hit: Counter[str]) -> Fault | None:
     """Faults at random moments, up to the first that ends the run; None when the time or the run is over before one."""
-    while time.monotonic() < end and run.wait_for(lambda: bool(run.ranks())):
+    # One start in five may be hit before its first step, the others are let get somewhere.
+    before, early = len(metrics(run.run_dir)), draw.random() < 0.2
+    run.wait_for(lambda: bool(run.ranks()) and (early or len(metrics(run.run_dir)) != before), 2 * START_SECONDS)
+    while time.monotonic() < end and run.running:
         until = time.monotonic() + draw.expovariate(1 / mean_seconds)
         fault = draw.choice(FAULTS)
         while time.monotonic() < until and run.running:

@@ -103,8 +103,8 @@ class Running:
         return [found[rank] for rank in sorted(found)]
 
     def workers(self) -> list[psutil.Process]:
-        """The data workers of all ranks."""
-        return [child for rank in self.ranks() for child in rank.children() if _alive(child) and _is_fork(child)]
+        """The data workers of all ranks, by the name that torch gives them."""
+        return [child for rank in self.ranks() for child in rank.children() if _is_data_worker(child)]
 
     def launcher(self) -> psutil.Process:
         """The process that started the ranks."""
@@ -184,6 +184,13 @@ def triptych(*arguments: str, seconds: float = 120) -> subprocess.CompletedProce
 def _alive(one: psutil.Process) -> bool:
     try:
         return one.is_running() and one.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_data_worker(one: psutil.Process) -> bool:
+    try:
+        return _alive(one) and one.name() == "pt_data_worker"
     except psutil.NoSuchProcess:
         return False
 
