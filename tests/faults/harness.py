@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
+from pretrain import checkpoint
 from tests.ranks import ROOT
 from tests.small_run import config_text, small_dataset
 
@@ -47,6 +48,9 @@ class Running:
     def __init__(self, config: Path, *options: str, num_processes: int = 2) -> None:
         self.config = config
         self.run_dir = Path(yaml.safe_load(config.read_text())["run"]["dir"])
+        newest, _ = checkpoint.find_latest(self.run_dir)
+        self._from = newest.step if newest else 0
+        self._started = time.time()
         self._log = config.with_suffix(f".{time.monotonic_ns()}.log")
         self._seen: dict[int, psutil.Process] = {}
         with self._log.open("w") as log:
@@ -116,6 +120,11 @@ class Running:
         """The last step with a line in metrics.jsonl; 0 before the first."""
         lines = metrics(self.run_dir)
         return int(lines[-1]["step"]) if lines else 0
+
+    def has_trained(self) -> bool:
+        """Whether this start has done a step; lines of an earlier one do not count."""
+        path = self.run_dir / "metrics.jsonl"
+        return path.exists() and path.stat().st_mtime > self._started and self.step() > self._from
 
     def wait_for(self, what: Callable[[], bool], seconds: float = 120) -> bool:
         """Wait until `what`, and say true; false once the command has ended before that."""

@@ -1,8 +1,9 @@
-"""Are two runs' final checkpoints the same to the last bit: weights, moments, generators?"""
+"""Are two runs the same to the last bit: losses, weights, moments, generators, and every sample exactly once?"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,31 @@ from safetensors.torch import load_file
 
 from pretrain import checkpoint
 from pretrain.consolidate import safe_unpickling
+from tests.faults.harness import metrics, triptych
 
 # What names the run or the moment instead of its state.
 _NAMES = {"triptych", "ds_config", "ds_version"}
+
+
+def compare_runs(golden: Path, other: Path) -> list[str]:
+    """What is wrong with a run that was disturbed, in words; empty when it is as the undisturbed one."""
+    wrong = []
+    expected, found = metrics(golden), metrics(other)
+    if [(m["step"], m["loss_hex"]) for m in expected] != [(m["step"], m["loss_hex"]) for m in found]:
+        first = next((a["step"] for a, b in zip(expected, found, strict=False) if a["loss_hex"] != b["loss_hex"]), None)
+        wrong.append(f"losses differ (first at step {first}; {len(expected)} and {len(found)} lines)")
+    wrong += differences(golden, other)
+    for option in ("--repeated", "--unseen"):
+        done = triptych("ledger", str(other), option, "--json")
+        if done.returncode or json.loads(done.stdout) != []:
+            wrong.append(f"ledger {option}: {done.stdout[:500]} {done.stderr[-500:]}")
+    done = triptych("ledger", str(other), "--verify")
+    if done.returncode:
+        wrong.append(f"ledger --verify: {done.stderr[-500:]}")
+    left = [path.name for path in (other / "checkpoints").iterdir() if path.name.startswith(".tmp")]
+    if left:
+        wrong.append(f"left behind: {left}")
+    return wrong
 
 
 def differences(first: Path, second: Path) -> list[str]:
