@@ -67,6 +67,9 @@ def forked_processes(
         # A fork starts in milliseconds where a fresh interpreter imports torch for seconds. It is safe here: a worker
         # touches no device and no lock of the parent's threads, and runs no parallel region of OpenMP.
         multiprocessing_context="fork",
+        # Its base seed would be drawn from torch's own generator, one number at each start of a run: a run that was
+        # resumed would go on with other random numbers than one that was not.
+        generator=torch.Generator(),
     )
     loading = iter(loader)
     forked()

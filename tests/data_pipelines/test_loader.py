@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -149,6 +150,15 @@ def test_ranks_workers_and_restarts_change_nothing(folder: Path) -> None:
         assert all(len(step) == 12 // world_size for share in shares for step in share)
         joined = [{k: v for share in shares for k, v in share[step].items()} for step in range(6)]
         assert_same(joined, whole)
+
+
+@pytest.mark.parametrize(("workers", "kind"), [(0, "process"), (1, "process"), (1, "thread")])
+def test_loading_draws_no_number_of_the_runs_own_generators(folder: Path, workers: int, kind: str) -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    batches = list(build_loader(config_of(folder, augment=AUGMENT, num_workers=workers, worker_type=kind), 0, 1))
+    assert len(batches) == 6
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    np.testing.assert_equal(np.random.get_state(), before[2])
 
 
 def test_augmentation_is_of_the_sample_and_the_epoch(folder: Path) -> None:
