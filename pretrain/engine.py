@@ -171,7 +171,10 @@ class Engine:
             # DeepSpeed saw what is not finite in the gradient itself, and did not come to a norm.
             judge(math.inf)
         self._norm = self._gate.norm
-        return not self.module.optimizer.overflow
+        if self.module.optimizer.overflow:
+            self._gate.forget_refused()
+            return False
+        return True
 
     def _update_without_zero(self, judge: Judge) -> bool:
         gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
