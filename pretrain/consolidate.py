@@ -101,7 +101,9 @@ def read_zero_folder(folder: Path) -> Weights:
         raise BadInput(f"{latest}: {tag!r} is not the name of a folder beside it")
     try:
         with safe_unpickling():
-            if any((folder / tag).glob("*zero_pp_rank_*optim_states.pt")):
+            if optimizers := sorted((folder / tag).glob("*zero_pp_rank_*optim_states.pt")):
+                if "zero_stage" not in _optimizer_state(optimizers[0]):
+                    return _of_bf16_stage1(folder, len(optimizers))
                 # It prints and draws progress bars; a caller's standard output may be JSON.
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     return Weights(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True))
@@ -110,6 +112,33 @@ def read_zero_folder(folder: Path) -> Weights:
         raise BadInput(f"{folder}: refused, a file would execute code when loaded ({_first_line(error)})") from error
     except FileNotFoundError as error:
         raise BadInput(f"{folder}: an incomplete DeepSpeed checkpoint ({error})") from error
+
+
+class _Whole:
+    """A parameter in the ranks' pieces, as `Weights` asks for it."""
+
+    def __init__(self, parameter: Any) -> None:
+        self._parameter = parameter
+        self.shape = torch.Size(parameter.shape)
+
+    def contiguous(self) -> Tensor:
+        whole: Tensor = self._parameter.tensor("fp32")
+        return whole
+
+
+def _optimizer_state(file: Path) -> dict[str, Any]:
+    return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["optimizer_state_dict"])
+
+
+def _of_bf16_stage1(folder: Path, world_size: int) -> Weights:
+    """ZeRO 1 in bf16, whose files DeepSpeed's own consolidation refuses: they do not say which stage wrote them."""
+    from pretrain.zero_reader import open_saved
+
+    saved = open_saved(folder, world_size)
+    tensors: dict[str, Any] = {parameter.name: _Whole(parameter) for parameter in saved.parameters}
+    tensors |= {name: tensors[first] for name, first in saved.tied.items()}
+    tensors |= {name: b.float() if b.is_floating_point() else b for name, b in saved.buffers.items()}
+    return Weights(tensors)
 
 
 def _without_zero(file: Path) -> Weights:

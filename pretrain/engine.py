@@ -13,7 +13,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import BadInput
 from pretrain.config import Config
+from pretrain.consolidate import safe_unpickling
 from pretrain.model.backbones import family
 from pretrain.norm_gate import Judge, NormGate
 from pretrain.zero_partitions import Read, fill
@@ -171,7 +172,10 @@ class Engine:
             # DeepSpeed saw what is not finite in the gradient itself, and did not come to a norm.
             judge(math.inf)
         self._norm = self._gate.norm
-        return not self.module.optimizer.overflow
+        if self.module.optimizer.overflow:
+            self._gate.forget_refused()
+            return False
+        return True
 
     def _update_without_zero(self, judge: Judge) -> bool:
         gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
@@ -226,10 +230,10 @@ class Engine:
         self.module.save_checkpoint(str(folder), tag=ZERO_TAG, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote in the same layout, weights-only (all ranks call it)."""
-        _allow_deepspeed_classes()
+        """Read what `save` wrote in the same layout, weights-only whatever the environment says (all ranks call it)."""
         before = self._hyperparameters()
-        path, _ = self.module.load_checkpoint(str(folder), tag="state", load_lr_scheduler_states=False)
+        with safe_unpickling():
+            path, _ = self.module.load_checkpoint(str(folder), tag="state", load_lr_scheduler_states=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
         # DeepSpeed took these from the checkpoint; those of the config, which may have changed, hold.
@@ -337,13 +341,3 @@ def _check_device(config: Config) -> None:
         raise BadInput(
             f"engine.precision bf16: {torch.cuda.get_device_name()} has no bf16; use --set engine.precision=fp32"
         )
-
-
-def _allow_deepspeed_classes() -> None:
-    """The four classes that a DeepSpeed checkpoint needs when nothing else may be unpickled."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    safe: Iterable[Any] = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)
-    torch.serialization.add_safe_globals(list(safe))

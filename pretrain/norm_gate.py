@@ -21,6 +21,7 @@ class NormGate:
     """Stands in a wrapped optimizer's way; `open_for` says who judges the next update."""
 
     def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
         self._judge: Judge | None = None
         self.norm: float | None = None
         """The norm that was judged last; None where DeepSpeed found an overflow before it came to a norm."""
@@ -53,6 +54,14 @@ class NormGate:
     def open_for(self, judge: Judge) -> None:
         """Have `judge` asked at the next update."""
         self._judge, self.norm = judge, None
+
+    def forget_refused(self) -> None:
+        """After a step that DeepSpeed has thrown away: see that its gradient is gone, too.
+
+        With an optimizer in host memory, ZeRO 1 and 2 in bf16 would keep it and add the next step's to it.
+        """
+        if type(self._optimizer).__name__ == "DeepSpeedZeroOptimizer":
+            self._optimizer.averaged_gradients = dict.fromkeys(self._optimizer.averaged_gradients)
 
     def _pass(self, norm: Any) -> Any:
         norm = norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm))

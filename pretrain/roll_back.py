@@ -7,10 +7,12 @@ roll-back to the same checkpoint. A run that is killed afterwards, before it sav
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain import checkpoint
+from pretrain.checkpoint.verification import verify_together
 
 if TYPE_CHECKING:
     from pretrain.trainer import Trainer
@@ -22,11 +24,11 @@ def roll_back(trainer: Trainer, guilty: int) -> Path | None:
     All ranks call it. Returns the checkpoint, or None, with nothing changed, where there is none to go back to.
     """
     trainer.finish_saving()
-    path = trainer.engine.gather_objects(_newest_valid(trainer.committed) if trainer.engine.is_main else None)[0]
+    path = _newest_valid(trainer)
     if path is None:
         return None
     state = checkpoint.read_state(path)
-    checkpoint.load(trainer.engine, path, trainer.run_dir)
+    checkpoint.load(trainer.engine, path, trainer.run_dir, trainer.pulse.tick)
     times = trainer.watch.roll_backs + 1
     trainer.watch.resume(state["watch"])
     trainer.watch.roll_backs = times
@@ -34,11 +36,16 @@ def roll_back(trainer: Trainer, guilty: int) -> Path | None:
     batch = int(state.get("batch", trainer.step))
     around = trainer.config.watch.pass_over_around
     trainer.cursor.go_back(batch, range(max(batch, guilty - around), guilty + around + 1))
-    return Path(path)
+    return path
 
 
-def _newest_valid(committed: list[Path]) -> Path | None:
-    for path in reversed(committed):
-        if path.is_dir() and checkpoint.verify(path) is None:
+def _newest_valid(trainer: Trainer) -> Path | None:
+    """The ranks share the reading, as at a start, and say that they live in between."""
+    for path in reversed(trainer.committed):
+        reason = verify_together(trainer.engine, path)
+        trainer.pulse.tick()
+        if reason is None:
             return path
+        if trainer.engine.is_main and path.is_dir():
+            print(f"passed over {path}: {reason}", file=sys.stderr, flush=True)
     return None

@@ -146,9 +146,8 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
     try:
         check_same_environment(engine, versions())
         start, passed = find_start(run_dir, resume, engine)
-        for bad in passed:
-            if engine.is_main:
-                print(f"passed over {bad.path}: {bad.reason}", file=sys.stderr)
+        if engine.is_main:
+            say_what_is_passed_over(passed, start)
         old = TrainerState.read(start) if start is not None else None
         if start != likely:
             changed = changed_settings(start, config, allow_change)
@@ -200,6 +199,14 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
             raise SeenByOneRank(f"rank {engine.rank}: {error}") from None
     finally:
         engine.close()
+
+
+def say_what_is_passed_over(passed: Sequence[checkpoint.Found], start: Path | None) -> None:
+    """Name every invalid checkpoint with its reason; and say so where no valid one is left."""
+    for bad in passed:
+        print(f"passed over {bad.path}: {bad.reason}", file=sys.stderr)
+    if passed and start is None:
+        print(f"no checkpoint in {passed[0].path.parent} is valid: starting anew at step 0", file=sys.stderr)
 
 
 def changed_settings(start: Path | None, config: Any, allow_change: Sequence[str]) -> list[Difference]:

@@ -61,6 +61,8 @@ class SavedModel:
 
     parameters: list[SavedParameter]
     buffers: dict[str, Tensor]
+    tied: dict[str, str] = field(default_factory=dict)
+    """Further names of parameters, and the name that each is saved under."""
 
 
 def names_entry(names: list[list[str]]) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def open_saved(folder: Path, world_size: int) -> SavedModel:
             if model.get("frozen_param_shapes"):
                 raise BadInput(f"{folder}: it has frozen parameters, which no model of this version has")
             merged = _merge_stage3(ranks, model) if stage3 else _merge_stage12(ranks, model)
-            return SavedModel(list(merged), _buffers(model))
+            return SavedModel(list(merged), _buffers(model), dict(model["shared_params"]))
     except pickle.UnpicklingError as error:
         first = (str(error).strip().splitlines() or ["UnpicklingError"])[0]
         raise BadInput(f"{folder}: refused, a file would execute code when loaded ({first})") from error

@@ -38,13 +38,18 @@ def lack_of_room(run_dir: Path, needed: int) -> str | None:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             fsync_folder(run_dir)
-        about = os.statvfs(folder)
+        available = available_bytes(folder)
     except OSError as error:
         return f"{folder}: {error.strerror}"
-    available = about.f_bavail * about.f_frsize
     if available >= needed:
         return None
     return f"no room for it: {needed:,} bytes needed, {available:,} bytes available at {folder}"
+
+
+def available_bytes(folder: Path) -> int:
+    """What may still be written to the file system of a folder."""
+    about = os.statvfs(folder)
+    return about.f_bavail * about.f_frsize
 
 
 def commit(work: Path, run_dir: Path, manifest: Mapping[str, Any]) -> Path:

@@ -11,6 +11,7 @@ anyway, so that no thread of a writer ever waits in a collective:
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from pretrain.checkpoint import retention
-from pretrain.checkpoint.commit import commit, discard, lack_of_room, temporary_folder, write_hint
+from pretrain.checkpoint.commit import available_bytes, commit, discard, lack_of_room, temporary_folder, write_hint
 from pretrain.checkpoint.generators import generator_file, generators
 from pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 LOG = "checkpoints.jsonl"
 _POLL_SECONDS = 0.02
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SaveFailed(RuntimeError):
@@ -72,6 +74,8 @@ class _Pending:
     work: Path
     started: float
     writing: Work
+    needed: int
+    """Bytes that all ranks together may write at most."""
     stall_seconds: float = 0.0
     committing: Work | None = None
     """Rank 0's, once all ranks have written."""
@@ -137,7 +141,7 @@ class Saver:
             return self._log(Saved(step, 0, round(stall, 4), round(stall, 4), problem))
         rank = engine.rank
         writing = self._thread.start(lambda count: write_files(work, files, rank, count))
-        self._pending = _Pending(step, work, started, writing, time.perf_counter() - started)
+        self._pending = _Pending(step, work, started, writing, needed, time.perf_counter() - started)
         return None
 
     def before_update(self) -> None:
@@ -232,7 +236,8 @@ class Saver:
 
     def _hear_all_written(self, pending: _Pending) -> tuple[int, str | None] | None:
         engine = self._engine
-        mine = _problem(pending.writing.error, engine.rank) if pending.writing.error else pending.writing.result
+        error = pending.writing.error
+        mine = _problem(error, engine.rank, pending) if error else pending.writing.result
         parts: list[Any] = engine.gather_objects(mine)
         problems = [part for part in parts if isinstance(part, str)]
         if problems:
@@ -257,7 +262,7 @@ class Saver:
     def _hear_the_end(self, pending: _Pending) -> tuple[int, str | None]:
         problem = None
         if pending.committing is not None and pending.committing.error is not None:
-            problem = _problem(pending.committing.error, 0)
+            problem = _problem(pending.committing.error, 0, pending)
         problem = self._engine.gather_objects(problem)[0]
         return (0, problem) if problem else (pending.num_bytes, None)
 
@@ -310,9 +315,12 @@ def save(
     return folder_of(run_dir, step)
 
 
-def _problem(error: BaseException, rank: int) -> str:
+def _problem(error: BaseException, rank: int, pending: _Pending) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f" at {error.filename}" if error.filename else ""
+        if error.errno in _FULL:
+            left = available_bytes(pending.work.parent)
+            where += f", {pending.needed:,} bytes needed in all, {left:,} bytes available beside what is written of it"
         return f"rank {rank} could not write it: {os.strerror(error.errno)}{where}"
     text = " ".join(str(error).split())
     return f"rank {rank} could not write it: {type(error).__name__}: {text}"

@@ -111,7 +111,11 @@ def test_a_disk_that_fills_up_meanwhile_stops_the_run_where_that_is_asked_for(ru
         errors = rank.err.read_text()
         assert rank.process.exitcode == 1
         (line,) = [line for line in errors.splitlines() if "no checkpoint of step 4" in line]
-        assert line.startswith("error: ") and "No space left on device at " in line
+        words = r"No space left on device at \S+, ([\d,]+) bytes needed in all, ([\d,]+) bytes available"
+        match = re.search(words, line)
+        assert line.startswith("error: ") and match, line
+        needed, available = (int(match[i].replace(",", "")) for i in (1, 2))
+        assert available < needed and bytes_of(checkpoint.folder_of(run, 2)) < needed
         assert "Traceback" not in errors and "unexpected pos" not in errors
     assert steps_left(run) == [2]
     steps = [json.loads(entry)["step"] for entry in (run / "metrics.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from pretrain.checkpoint.manifest import MANIFEST, entries_below, folder_of, seal
 from pretrain.checkpoint.verification import sha256_of
 from pretrain.consolidate import safe_unpickling
+from pretrain.engine import Engine
 from tests.ranks import started_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
@@ -93,6 +95,20 @@ def test_the_payload_would_run_without_the_guard(tmp_path: Path, monkeypatch: py
             # As DeepSpeed asks for it. What comes back need not be a checkpoint.
             torch.load(tmp_path / name, weights_only=False)
         assert (tmp_path / f"{name} ran").exists()
+
+
+def test_the_engine_needs_no_environment_to_refuse_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    infect(tmp_path / "whole", tmp_path / "ran", hidden=False)
+    engine = object.__new__(Engine)
+
+    def load_checkpoint(*arguments: Any, **options: Any) -> None:
+        torch.load(tmp_path / "whole", weights_only=False)
+
+    engine.module = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), load_checkpoint=load_checkpoint)
+    with pytest.raises(pickle.UnpicklingError):
+        engine.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_of_ours_loads_in_every_way(answers: dict[str, Any]) -> None:

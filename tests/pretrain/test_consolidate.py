@@ -20,16 +20,17 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders zero-0 ... zero-3 and the weights that they hold, beside them."""
+    """Folders zero-0 ... zero-3 and bf16-zero-1 ... bf16-zero-3, and the weights that they hold, beside them."""
     folder = tmp_path_factory.mktemp("zero")
     run_ranks("tests.pretrain.zero_ranks", [str(folder)], timeout=150)
     return folder
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_gives_back_the_weights_and_the_saved_buffers(checkpoints, stage, capfd):
-    weights = read_zero_folder(checkpoints / f"zero-{stage}")
-    expected = load_file(checkpoints / f"zero-{stage}.safetensors")
+@pytest.mark.parametrize("name", ["zero-0", "zero-1", "zero-2", "zero-3", "bf16-zero-1", "bf16-zero-2", "bf16-zero-3"])
+def test_every_stage_gives_back_the_weights_and_the_saved_buffers(checkpoints, name, capfd):
+    saved = checkpoints / name
+    weights = read_zero_folder(saved)
+    expected = load_file(f"{saved}.safetensors")
     assert (
         set(weights)
         == set(expected)
@@ -38,10 +39,11 @@ def test_every_stage_gives_back_the_weights_and_the_saved_buffers(checkpoints, s
     for name, tensor in expected.items():
         assert weights.shape(name) == tensor.shape
         assert torch.equal(weights[name], tensor), name
+        assert weights[name].dtype == torch.float32
         assert not weights[name].requires_grad
     assert set(weights.with_prefix("middle.")) == {"weight", "bias"}
     capfd.readouterr()
-    read_zero_folder(checkpoints / f"zero-{stage}")
+    read_zero_folder(saved)
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
 

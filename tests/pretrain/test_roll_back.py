@@ -9,13 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
+from pretrain.checkpoint import read_manifest, verification
+from pretrain.checkpoint.manifest import folder_of
 from pretrain.ledger import Ledger, Outcome
+from pretrain.roll_back import _newest_valid
+from tests.pretrain.checkpoint.test_retention import committed
 from tests.pretrain.test_train import ALONE, LAUNCH, config_file, finish, kill_tree, metrics
 from tests.ranks import run_ranks
 from tests.small_run import ROOT, small_dataset
@@ -193,6 +198,33 @@ def test_killed_and_rolled_back_a_run_is_the_undisturbed_one_and_its_ledger_exac
     assert listed["outcome"] == "skipped: loss not finite" and incident["rank"] == 1 and incident["batch"] == 4
     assert sorted(sample["key"] for sample in listed["samples"]) == sorted(incident["keys"])
     assert set(incident["ranks"][0]["keys"]) == set(incident["keys"][:4])
+
+
+def test_ranks_share_the_reading_before_they_go_back_and_show_that_they_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed(tmp_path, 2, 4)
+    (folder_of(tmp_path, 4) / "file").write_bytes(b"step 5")
+    read: list[str] = []
+    sha256_of = verification.sha256_of
+    monkeypatch.setattr(verification, "sha256_of", lambda path, count: read.append(path.name) or sha256_of(path, count))
+    for rank in (0, 1):
+        ticks: list[int] = []
+        # What rank 1 is told is what rank 0 found; the one file is rank 0's to read.
+        manifests = [(read_manifest(folder_of(tmp_path, step)), None) for step in (4, 2)]
+        answers = iter([manifests[0], ["file is wrong"], manifests[1], []])
+        engine = SimpleNamespace(is_main=rank == 0, rank=rank, world_size=2)
+        engine.gather_objects = lambda mine, rank=rank, answers=answers: [mine] if rank == 0 else [next(answers)]
+        trainer = SimpleNamespace(
+            engine=engine,
+            committed=[folder_of(tmp_path, 2), folder_of(tmp_path, 4)],
+            pulse=SimpleNamespace(tick=lambda ticks=ticks: ticks.append(1)),
+        )
+        assert _newest_valid(trainer) == folder_of(tmp_path, 2)
+        assert len(ticks) == 2
+    assert read == ["file", "file"]
+    said = capsys.readouterr().err
+    assert said.count("passed over") == 1 and "file does not have the SHA-256 of the manifest" in said
 
 
 def test_a_run_that_has_to_stop_says_so_in_one_line(home: Path) -> None:

@@ -68,11 +68,14 @@ def test_siglip_gathers_negatives_too(tmp_path: Path) -> None:
     assert_close(losses(tmp_path / "2", dealing="apart", objectives={"align": "siglip"}), alone, rel=1e-4)
 
 
+ENGINES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+
+
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+    ("stage", "precision", "offload"), [*((*each, False) for each in ENGINES), (2, "bf16", True), (3, "bf16", True)]
 )
 def test_a_sample_that_is_not_a_number_on_one_rank_changes_nothing_anywhere(
-    tmp_path: Path, stage: int, precision: str
+    tmp_path: Path, stage: int, precision: str, offload: bool
 ) -> None:
     # The same batch in every step: with step 3 passed over, steps 4 and 5 are what 3 and 4 would have been.
     case = {
@@ -80,7 +83,7 @@ def test_a_sample_that_is_not_a_number_on_one_rank_changes_nothing_anywhere(
         "micro_batch": 2,
         "steps": 5,
         "train": {"schedule": "constant", "warmup_steps": 0},
-        "engine": {"zero_stage": stage, "precision": precision},
+        "engine": {"zero_stage": stage, "precision": precision, "offload_optimizer": offload},
     }
     clean = losses(tmp_path / "clean", **case)
     poisoned = losses(tmp_path / "poisoned", poison=(1, [3]), **case)
