@@ -198,6 +198,11 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
             return trainer.run(loader.batches)
         except BadInput as error:
             raise SeenByOneRank(f"rank {engine.rank}: {error}") from None
+    except Exception as error:
+        if not isinstance(error, (BadInput, checkpoint.SaveFailed, LimitPassed)):
+            # Before the group is closed: the other ranks fail of that, and what happened first is taken for the cause.
+            pulse.fail(error)
+        raise
     finally:
         engine.close()
 
