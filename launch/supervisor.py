@@ -24,7 +24,7 @@ from types import FrameType
 from launch.board import Board
 from launch.incident import Incident, Kind, Log, died_of, report, say
 from launch.processes import children, descendants, end_all, send, signal_name, wait_until_gone
-from launch.ranks import BAD_INPUT, DONE, ENDED, ENDED_RANKS, PASSED_ON, PRIVATE_FOLDER, RUN_AGAIN
+from launch.ranks import BAD_INPUT, DONE, ENDED, ENDED_RANKS, FAULT, PASSED_ON, PRIVATE_FOLDER, RUN_AGAIN
 from launch.stall import RankView, Verdict, Watch, find_guilty
 from pretrain.config import SupervisorConfig
 from pretrain.heartbeat import AFTER_VARIABLE, FOLDER_VARIABLE, Failure, read_failure
@@ -293,6 +293,8 @@ class _Attempt:
             for rank, code in _ended_ranks(self._beats)
             if code < 0 and (first is None or -code != signal.SIGABRT)
         ]
+        # gloo and NCCL abort a rank whose peer has died, so one that was killed otherwise is the cause.
+        killed.sort(key=lambda each: each[1] == signal.SIGABRT)
         if killed:
             rank, number = killed[0]
             died = self._incident("rank_died", rank, died_of(number), signal=signal_name(number))
@@ -311,7 +313,8 @@ class _Attempt:
         worker = _DEAD_WORKER.search(failure.text)
         if worker:
             return Outcome(ENDED, self._incident("worker_died", rank, worker[0], failure))
-        return Outcome(status, self._incident("exception", rank, failure.line, failure))
+        # A rank that aborts after its exception ends with a signal, and is a fault of ours all the same.
+        return Outcome(FAULT if status > 128 else status, self._incident("exception", rank, failure.line, failure))
 
     def _incident(
         self, kind: Kind, rank: int, what: str, failure: Failure | None = None, signal: str | None = None
