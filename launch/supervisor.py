@@ -239,7 +239,7 @@ class _Attempt:
                 silent = ["the other nodes"]
         else:
             alarm = self._board.raise_alarm()
-            if alarm is None and self._watch.still_seconds < limit + _SECONDS_FOR_THE_ALARM:
+            if alarm is None and self._board.standing_seconds() < _SECONDS_FOR_THE_ALARM:
                 # Another node asks already: it hears from us and says what comes of it.
                 return None
             views = self._ask()

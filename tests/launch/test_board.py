@@ -87,6 +87,32 @@ def test_bad_input_of_one_node_is_that_of_all(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("incident-*"))
 
 
+def test_each_alarm_has_its_time_and_a_node_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (Board(tmp_path, node, 3) for node in range(3))
+    clock = [1000.0]
+    monkeypatch.setattr("launch.board.time.monotonic", lambda: clock[0])
+    for board in (first, second):
+        assert board.raise_alarm() is not None
+        for waited in (0, 10, 20):
+            assert third.raise_alarm() is None and third.standing_seconds() == waited
+            clock[0] += 10
+        board.withdraw()
+    # Gone between two looks, and once more much later: each time as new.
+    assert third.standing_seconds() == 0
+    clock[0] += 1000
+    assert third.standing_seconds() == 0
+
+
+def test_a_folder_that_takes_nothing_ends_no_supervisor(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    board = Board(tmp_path / "logs" / "nodes", 0, 2)
+    assert board.raise_alarm() is None and board.standing_seconds() == 0
+    board.answer("an alarm", [])
+    board.announce_end("rank 1: killed", 76)
+    board.withdraw()
+    assert board.ended() is None and board.alarm() is None
+
+
 def test_one_alarm_at_a_time_and_a_node_that_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.board._SECONDS_TO_ANSWER", 0.3)
     first, second = Board(tmp_path, 0, 3), Board(tmp_path, 1, 3)
