@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain import checkpoint
+from pretrain.changes import differences
+from pretrain.checkpoint.verification import verify_together
 
 if TYPE_CHECKING:
     from pretrain.trainer import Trainer
@@ -22,23 +24,27 @@ def roll_back(trainer: Trainer, guilty: int) -> Path | None:
     All ranks call it. Returns the checkpoint, or None, with nothing changed, where there is none to go back to.
     """
     trainer.finish_saving()
-    path = trainer.engine.gather_objects(_newest_valid(trainer.committed) if trainer.engine.is_main else None)[0]
+    path = _newest_valid(trainer)
     if path is None:
         return None
     state = checkpoint.read_state(path)
-    checkpoint.load(trainer.engine, path, trainer.run_dir)
+    checkpoint.load(trainer.engine, path, trainer.run_dir, trainer.pulse.tick)
     times = trainer.watch.roll_backs + 1
     trainer.watch.resume(state["watch"])
+    trainer.watch.forget(each.field for each in differences(state["config"], trainer.config))
     trainer.watch.roll_backs = times
     trainer.step = int(state["step"])
     batch = int(state.get("batch", trainer.step))
     around = trainer.config.watch.pass_over_around
     trainer.cursor.go_back(batch, range(max(batch, guilty - around), guilty + around + 1))
-    return Path(path)
+    return path
 
 
-def _newest_valid(committed: list[Path]) -> Path | None:
-    for path in reversed(committed):
-        if path.is_dir() and checkpoint.verify(path) is None:
+def _newest_valid(trainer: Trainer) -> Path | None:
+    """Of the checkpoints that this run may go back to; the ranks share the bytes to verify, as on a resume."""
+    engine = trainer.engine
+    for path in reversed(trainer.committed):
+        # Rank 0 has removed some of them since.
+        if engine.gather_objects(path.is_dir())[0] and verify_together(engine, path) is None:
             return path
     return None

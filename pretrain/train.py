@@ -190,6 +190,7 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
             trainer.check_owner = owner.check
         if start is not None and old is not None:
             trainer.watch.resume(old.watch)
+            trainer.watch.forget(difference.field for difference in changed)
             trainer.cursor.resume(old.cursor)
             trainer.committed.append(start)
         if engine.is_main and start is not None:
