@@ -175,7 +175,7 @@ class _Attempt:
         self._beats = private / f"heartbeats-{number}"
         self._beats.mkdir()
         self._watch = Watch(self._beats, job.ranks, settings.hang_seconds, settings.start_seconds)
-        self._board = _board(job)
+        self._board = board_of(job.run_dir, job.node, job.num_nodes)
 
     def run(self, command: Sequence[str], after: Path | None) -> Outcome:
         """Start the ranks and wait for their end; nothing of them is left when this returns."""
@@ -340,14 +340,15 @@ def _ended_with(why: str, status: int) -> Outcome:
     return Outcome(status)
 
 
-def _board(job: Job) -> Board | None:
+def board_of(run_dir: Path, node: int, num_nodes: int) -> Board | None:
+    """Where a node meets the others of this start of a Slurm job; None where there are none or no name for it."""
     slurm = os.environ.get("SLURM_JOB_ID")
-    if job.num_nodes == 1 or not slurm:
+    if num_nodes == 1 or not slurm:
         # Without a name that all nodes of this start share, and no other start, they cannot meet.
         return None
     start = os.environ.get("SLURM_RESTART_COUNT") or "0"
     name = f"nodes-{slurm}-{start}-{os.environ.get('SLURM_STEP_ID', '')}"
-    return Board(job.run_dir / "logs" / name, job.node, job.num_nodes)
+    return Board(run_dir / "logs" / name, node, num_nodes)
 
 
 def _ended_ranks(folder: Path) -> list[tuple[int, int]]:
