@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -360,7 +361,12 @@ def _ended_ranks(folder: Path) -> list[tuple[int, int]]:
 
 def _checkpoints(run_dir: Path) -> set[tuple[str, int]]:
     """The checkpoints of a run, such that one that is written again is another one."""
-    return {(path.name, path.stat().st_ino) for path in (run_dir / "checkpoints").glob("step-*")}
+    found = set()
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        # On another node a rank may be about to move it.
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def _resuming(command: Sequence[str]) -> list[str]:
