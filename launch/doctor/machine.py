@@ -102,6 +102,8 @@ def port() -> Finding:
 
 def check_port(number: int) -> None:
     """Raise `BadInput` when a port of this machine, at which the ranks are to meet, is in use. 0 is any free one."""
+    if number > 65535:
+        raise BadInput(f"port {number}, at which the ranks are to meet, is none: the highest is 65535")
     with socket.socket() as probe:
         # As torch's own store does: one that was closed a moment ago is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

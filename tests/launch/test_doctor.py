@@ -93,6 +93,8 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         found = machine.port()
         assert found.level == "error" and f"port {number}" in found.found
     assert machine.port().level == "ok"
+    monkeypatch.setenv("MASTER_PORT", "70000")
+    assert machine.port().level == "error" and "port 70000" in machine.port().found
 
 
 def test_room_for_checkpoints_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
