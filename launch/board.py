@@ -12,6 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from launch.stall import RankView
 
 SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_ANSWER = 8.0
+# Longer than a node takes to answer an alarm, between two calls while its ranks stand still.
+_PAUSE_SECONDS = 15.0
 
 
 class Board:
@@ -30,6 +33,7 @@ class Board:
         self._folder, self._node, self._num_nodes = folder, node, num_nodes
         self._answered = ""
         self._next_look = 0.0
+        self._standing = ("", 0.0, 0.0)
 
     def due(self) -> bool:
         """Whether it is time to look at the folder again, which may be on a slow file system."""
@@ -45,10 +49,23 @@ class Board:
         name = str(found["id"]) if found and found.get("node") != self._node else None
         return name if name != self._answered else None
 
+    def standing_seconds(self) -> float:
+        """For how long this node has been kept by another one's alarm, or by the folder, from raising its own.
+
+        The time begins with the first call after a pause, and anew with another alarm: nodes ask in turn.
+        """
+        found = self._read("alarm.json")
+        name, now = str(found["id"]) if found else "", time.monotonic()
+        before, since, last = self._standing
+        if name != before or now - last > _PAUSE_SECONDS:
+            since = now
+        self._standing = name, since, now
+        return now - since
+
     def answer(self, alarm: str, views: Sequence[RankView]) -> None:
-        """Say where this node's ranks are."""
+        """Say where this node's ranks are, if the folder takes it; else the other nodes do without."""
         self._answered = alarm
-        with atomic_file(self._folder / f"node-{self._node}.json") as file:
+        with suppress(OSError), atomic_file(self._folder / f"node-{self._node}.json") as file:
             file.write(json.dumps({"alarm": alarm, "ranks": [asdict(view) for view in views]}).encode())
 
     def raise_alarm(self) -> str | None:
@@ -72,7 +89,8 @@ class Board:
 
     def withdraw(self) -> None:
         """The alarm was none."""
-        (self._folder / "alarm.json").unlink(missing_ok=True)
+        with suppress(OSError):
+            (self._folder / "alarm.json").unlink()
 
     def announce_end(self, why: str, status: int) -> None:
         """Have the other nodes end their ranks with the same status, unless one has said so already."""
@@ -90,16 +108,17 @@ class Board:
             time.sleep(0.1)
 
     def _create(self, name: str, value: dict[str, Any]) -> bool:
-        """Make a file whole, if no other node has."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Make a file whole, if no other node has and the folder takes it."""
         temporary = self._folder / f".tmp-{name}.{secrets.token_hex(4)}"
-        temporary.write_text(json.dumps(value), encoding="utf-8")
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(value), encoding="utf-8")
             os.link(temporary, self._folder / name)
-        except FileExistsError:
+        except OSError:
             return False
         finally:
-            temporary.unlink()
+            with suppress(OSError):
+                temporary.unlink()
         return True
 
     def _read(self, name: str) -> dict[str, Any] | None:

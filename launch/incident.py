@@ -61,6 +61,7 @@ def report(incident: Incident, run_dir: Path, status: int, attempt: int, resume:
     newest = last_checkpoint(run_dir)
     say(incident.headline())
     say(f"last checkpoint: {newest[1]} (step {newest[0]})" if newest else "no checkpoint to go on from yet")
+    say(f"go on with: {resume}")
     name = f"incident-{time.strftime('%Y%m%d-%H%M%S')}-{incident.kind}-{os.getpid()}"
     files = {str(rank): f"logs/{name}/rank-{rank:05d}.txt" for rank in incident.stacks}
     record = asdict(incident) | {
@@ -84,7 +85,6 @@ def report(incident: Incident, run_dir: Path, status: int, attempt: int, resume:
     except OSError as error:
         say(f"the incident could not be written to {path} ({error.strerror})")
         return None
-    say(f"go on with: {resume}")
     say(f"more in {path}" + (f", stacks of the ranks in {run_dir / 'logs' / name}" if files else ""))
     return path
 
@@ -103,7 +103,7 @@ class Log:
     def write(self, event: str, **facts: Any) -> None:
         """Append a line; a run directory that takes none is no reason to end."""
         line = {"time": time.time(), "event": event, "host": platform.node(), "pid": os.getpid()}
-        line |= {"job_id": os.environ.get("SLURM_JOB_ID"), **facts}
+        line |= {"job_id": os.environ.get("SLURM_JOB_ID"), "job_start": os.environ.get("SLURM_RESTART_COUNT"), **facts}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
@@ -112,8 +112,8 @@ class Log:
             say(f"{self._path} could not be written ({error.strerror})")
 
     def faults(self, job_id: str) -> list[int]:
-        """Steps of the faults of a Slurm job so far, over all of its starts."""
-        steps = []
+        """Steps of the faults of a Slurm job so far, over all of its starts; what several nodes told counts once."""
+        steps: dict[tuple[Any, Any], int] = {}
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines()
         except OSError:
@@ -122,10 +122,10 @@ class Log:
             try:
                 entry = json.loads(line)
                 if entry["event"] == "fault" and entry["job_id"] == job_id:
-                    steps.append(int(entry["step"]))
+                    steps.setdefault((entry.get("job_start"), entry.get("attempt")), int(entry["step"]))
             except (ValueError, KeyError, TypeError):
                 continue
-        return steps
+        return list(steps.values())
 
 
 def say(text: str) -> None:

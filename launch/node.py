@@ -20,7 +20,7 @@ from launch.doctor import check_before_start
 from launch.doctor.machine import check_port
 from launch.incident import Log, say
 from launch.ranks import BAD_INPUT, DONE, FAULT
-from launch.supervisor import Job, seconds_before_restart, supervise
+from launch.supervisor import Job, board_of, seconds_before_restart, supervise
 from launch.train_command import rank_environment
 from pretrain.config import Config, load_config
 
@@ -30,7 +30,7 @@ PROGRAM = "pretrain.train"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Supervise this node's ranks, or say whether the job may start again; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    node = 0
+    node, board = 0, None
     try:
         if words[:1] == ["--may-restart"]:
             return _may_restart(_config(words[1:]))
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         node, num_nodes, num_processes, port = _shape(words[: place - 1])
         config = _config(words[place + 1 :])
         per_node = num_processes // num_nodes
+        board = board_of(Path(config.run.dir), node, num_nodes)
         if node == 0:
             check_before_start(config, per_node)
             if port:
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         if node == 0:
             print(f"error: {error}", file=sys.stderr)
+            if board is not None:
+                # The ranks of the other nodes wait for those of this one.
+                board.announce_end("bad input", BAD_INPUT)
         return BAD_INPUT
     job = Job(
         command=[sys.executable, "-m", "launch.ranks", *words],

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ from types import FrameType
 from launch.board import Board
 from launch.incident import Incident, Kind, Log, died_of, report, say
 from launch.processes import children, descendants, end_all, send, signal_name, wait_until_gone
-from launch.ranks import BAD_INPUT, DONE, ENDED, ENDED_RANKS, PASSED_ON, PRIVATE_FOLDER, RUN_AGAIN
+from launch.ranks import BAD_INPUT, DONE, ENDED, ENDED_RANKS, FAULT, PASSED_ON, PRIVATE_FOLDER, RUN_AGAIN
 from launch.stall import RankView, Verdict, Watch, find_guilty
 from pretrain.config import SupervisorConfig
 from pretrain.heartbeat import AFTER_VARIABLE, FOLDER_VARIABLE, Failure, read_failure
@@ -175,7 +176,7 @@ class _Attempt:
         self._beats = private / f"heartbeats-{number}"
         self._beats.mkdir()
         self._watch = Watch(self._beats, job.ranks, settings.hang_seconds, settings.start_seconds)
-        self._board = _board(job)
+        self._board = board_of(job.run_dir, job.node, job.num_nodes)
 
     def run(self, command: Sequence[str], after: Path | None) -> Outcome:
         """Start the ranks and wait for their end; nothing of them is left when this returns."""
@@ -239,7 +240,7 @@ class _Attempt:
                 silent = ["the other nodes"]
         else:
             alarm = self._board.raise_alarm()
-            if alarm is None and self._watch.still_seconds < limit + _SECONDS_FOR_THE_ALARM:
+            if alarm is None and self._board.standing_seconds() < _SECONDS_FOR_THE_ALARM:
                 # Another node asks already: it hears from us and says what comes of it.
                 return None
             views = self._ask()
@@ -293,6 +294,8 @@ class _Attempt:
             for rank, code in _ended_ranks(self._beats)
             if code < 0 and (first is None or -code != signal.SIGABRT)
         ]
+        # gloo and NCCL abort a rank whose peer has died, so one that was killed otherwise is the cause.
+        killed.sort(key=lambda each: each[1] == signal.SIGABRT)
         if killed:
             rank, number = killed[0]
             died = self._incident("rank_died", rank, died_of(number), signal=signal_name(number))
@@ -311,7 +314,8 @@ class _Attempt:
         worker = _DEAD_WORKER.search(failure.text)
         if worker:
             return Outcome(ENDED, self._incident("worker_died", rank, worker[0], failure))
-        return Outcome(status, self._incident("exception", rank, failure.line, failure))
+        # A rank that aborts after its exception ends with a signal, and is a fault of ours all the same.
+        return Outcome(FAULT if status > 128 else status, self._incident("exception", rank, failure.line, failure))
 
     def _incident(
         self, kind: Kind, rank: int, what: str, failure: Failure | None = None, signal: str | None = None
@@ -337,14 +341,15 @@ def _ended_with(why: str, status: int) -> Outcome:
     return Outcome(status)
 
 
-def _board(job: Job) -> Board | None:
+def board_of(run_dir: Path, node: int, num_nodes: int) -> Board | None:
+    """Where a node meets the others of this start of a Slurm job; None where there are none or no name for it."""
     slurm = os.environ.get("SLURM_JOB_ID")
-    if job.num_nodes == 1 or not slurm:
+    if num_nodes == 1 or not slurm:
         # Without a name that all nodes of this start share, and no other start, they cannot meet.
         return None
     start = os.environ.get("SLURM_RESTART_COUNT") or "0"
     name = f"nodes-{slurm}-{start}-{os.environ.get('SLURM_STEP_ID', '')}"
-    return Board(job.run_dir / "logs" / name, job.node, job.num_nodes)
+    return Board(run_dir / "logs" / name, node, num_nodes)
 
 
 def _ended_ranks(folder: Path) -> list[tuple[int, int]]:
@@ -356,7 +361,12 @@ def _ended_ranks(folder: Path) -> list[tuple[int, int]]:
 
 def _checkpoints(run_dir: Path) -> set[tuple[str, int]]:
     """The checkpoints of a run, such that one that is written again is another one."""
-    return {(path.name, path.stat().st_ino) for path in (run_dir / "checkpoints").glob("step-*")}
+    found = set()
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        # On another node a rank may be about to move it.
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def _resuming(command: Sequence[str]) -> list[str]:

@@ -115,8 +115,8 @@ class Pulse:
             thread.join()
 
     def fail(self, error: BaseException) -> None:
-        """Leave the exception that ends this rank."""
-        if self._failure is None:
+        """Leave the exception that ends this rank. The first one counts: what follows while it ends is no news."""
+        if self._failure is None or self._failure.exists():
             return
         line = " ".join("".join(traceback.format_exception_only(error)).split())
         text = "".join(traceback.format_exception(error))

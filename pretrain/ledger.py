@@ -136,7 +136,10 @@ class LedgerWriter:
         fsync_folder(folder)
         fsync_folder(run_dir)
         _drop_torn_end(folder)
-        self.stretch = max((each.number for each in Ledger.read(run_dir).stretches), default=0)
+        found = Ledger.read(run_dir)
+        # Also beyond those of which a full disk took the records and not the line that opens them.
+        opened = max((each.number for each in found.stretches), default=0)
+        self.stretch = max(opened, int(found.records["stretch"].max(initial=0)))
 
     def begin(self, kind: str, step: int, batch: int, **facts: Any) -> None:
         """Open a stretch that goes on from `step` and from `batch`: a `start` of the run, or a `roll_back` in it.

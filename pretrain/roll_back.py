@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain import checkpoint
+from pretrain.changes import differences
 from pretrain.checkpoint.verification import verify_together
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def roll_back(trainer: Trainer, guilty: int) -> Path | None:
     checkpoint.load(trainer.engine, path, trainer.run_dir, trainer.pulse.tick)
     times = trainer.watch.roll_backs + 1
     trainer.watch.resume(state["watch"])
+    trainer.watch.forget(each.field for each in differences(state["config"], trainer.config))
     trainer.watch.roll_backs = times
     trainer.step = int(state["step"])
     batch = int(state.get("batch", trainer.step))
@@ -40,12 +42,16 @@ def roll_back(trainer: Trainer, guilty: int) -> Path | None:
 
 
 def _newest_valid(trainer: Trainer) -> Path | None:
-    """The ranks share the reading, as at a start, and say that they live in between."""
+    """Of the checkpoints that this run may go back to; the ranks share the bytes to verify, as on a resume."""
+    engine = trainer.engine
     for path in reversed(trainer.committed):
-        reason = verify_together(trainer.engine, path)
+        if not engine.gather_objects(path.is_dir())[0]:
+            # Removed since, as an older one than those that are kept.
+            continue
+        reason = verify_together(engine, path)
         trainer.pulse.tick()
         if reason is None:
             return path
-        if trainer.engine.is_main and path.is_dir():
+        if engine.is_main:
             print(f"passed over {path}: {reason}", file=sys.stderr, flush=True)
     return None

@@ -39,11 +39,15 @@ class StopRequest:
         """Who asked, once all ranks have agreed to stop."""
 
     def catch_signals(self) -> None:
-        """Take signals as requests from now on. A second SIGINT ends the process at once."""
+        """Take signals as requests from now on. A SIGINT after another one, or after SIGTERM, ends the process at once.
+
+        After anything else it is the first one, and the supervisor tells the person so.
+        """
+        impatient = (_SIGNALS.index(signal.SIGTERM), _SIGNALS.index(signal.SIGINT))
 
         def ask(number: int, frame: Any) -> None:
             index = _SIGNALS.index(signal.Signals(number))
-            if number == signal.SIGINT and any(self._asked):
+            if number == signal.SIGINT and any(self._asked[place] for place in impatient):
                 raise KeyboardInterrupt
             self._asked[index] = True
 

@@ -189,6 +189,7 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
             trainer.check_owner = owner.check
         if start is not None and old is not None:
             trainer.watch.resume(old.watch)
+            trainer.watch.forget(difference.field for difference in changed)
             trainer.cursor.resume(old.cursor)
             trainer.committed.append(start)
         if engine.is_main and start is not None:
@@ -197,6 +198,11 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
             return trainer.run(loader.batches)
         except BadInput as error:
             raise SeenByOneRank(f"rank {engine.rank}: {error}") from None
+    except Exception as error:
+        if not isinstance(error, (BadInput, checkpoint.SaveFailed, LimitPassed)):
+            # Before the group is closed: the other ranks fail of that, and what happened first is taken for the cause.
+            pulse.fail(error)
+        raise
     finally:
         engine.close()
 

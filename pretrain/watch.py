@@ -8,12 +8,15 @@ by `watch.policy`. All that an answer depends on is in `state`, so a resumed run
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from data_pipelines.progress import counted
 from pretrain.config import WatchConfig
 from pretrain.spikes import Recent
+
+_MAKE_THE_LOSS = ("losses.", "objectives.")
 
 Action = Literal["go", "skip", "roll_back", "stop"]
 Kind = Literal["loss_not_finite", "gradient_not_finite", "loss_spike", "gradient_spike"]
@@ -124,3 +127,9 @@ class Watch:
         self.roll_backs = int(state.get("roll_backs", 0))
         self._losses.resume(state.get("losses", ()))
         self._norms.resume(state.get("norms", ()))
+
+    def forget(self, changed: Iterable[str]) -> None:
+        """Begin a new history where settings changed that the loss is made of: the old numbers are of another loss."""
+        if any(field.startswith(_MAKE_THE_LOSS) for field in changed):
+            self._losses.resume(())
+            self._norms.resume(())

@@ -62,11 +62,19 @@ def jit_locks() -> Finding:
     """Locks that killed builds of torch extensions left: every later build there would wait on them for ever."""
     cleared, held = [], []
     for lock in _extension_locks():
-        if _is_open(lock) or (_on_network(lock) and time.time() - lock.stat().st_mtime < _OLD_LOCK_SECONDS):
-            held.append(lock)
+        try:
+            if _is_open(lock) or (_on_network(lock) and time.time() - lock.stat().st_mtime < _OLD_LOCK_SECONDS):
+                held.append(lock)
+                continue
+            lock.unlink()
+            cleared.append(lock)
+        except FileNotFoundError:
+            # A build that ended just now.
             continue
-        lock.unlink(missing_ok=True)
-        cleared.append(lock)
+        except OSError as refused:
+            return warning(
+                "JIT locks", f"{lock}, which nobody holds, cannot be removed ({refused.strerror})", "have it removed"
+            )
     if held:
         return warning(
             "JIT locks",
@@ -94,6 +102,8 @@ def port() -> Finding:
 
 def check_port(number: int) -> None:
     """Raise `BadInput` when a port of this machine, at which the ranks are to meet, is in use. 0 is any free one."""
+    if number > 65535:
+        raise BadInput(f"port {number}, at which the ranks are to meet, is none: the highest is 65535")
     with socket.socket() as probe:
         # As torch's own store does: one that was closed a moment ago is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -217,12 +227,21 @@ def _is_open(path: Path) -> bool:
     wanted = os.stat(path)
     for process in psutil.process_iter():
         try:
-            for entry in os.scandir(f"/proc/{process.pid}/fd"):
-                there = entry.stat()
-                if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
-                    return True
+            descriptors = os.listdir(f"/proc/{process.pid}/fd")
         except OSError:
             continue
+        for descriptor in descriptors:
+            link = f"/proc/{process.pid}/fd/{descriptor}"
+            try:
+                # The name first, since to look at a file whose server does not answer takes for ever.
+                if Path(os.readlink(link)).name != path.name:
+                    continue
+                there = os.stat(link)
+            except OSError:
+                # Closed meanwhile; what else the process has open counts all the same.
+                continue
+            if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
     return False
 
 

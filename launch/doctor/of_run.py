@@ -15,7 +15,7 @@ from launch.doctor.machine import num_parameters
 from launch.incident import last_checkpoint
 from pretrain.checkpoint.manifest import bytes_of, directories
 from pretrain.config import Config
-from pretrain.owner import is_ending, is_gone, read_owner
+from pretrain.owner import OWNER_FILE, is_ending, is_gone, read_owner
 
 _SLOW_SECONDS = 2.0
 # Weights, their fp32 master copies and two moments, in fp32.
@@ -58,7 +58,10 @@ def run_directory(config: Config) -> Finding:
 
 def owner(config: Config) -> Finding:
     """Whether another run writes there."""
-    found = read_owner(Path(config.run.dir))
+    file = Path(config.run.dir) / OWNER_FILE
+    found = read_owner(file.parent)
+    if found is None and file.exists():
+        return error("owner", f"{file} is no record of an owner", "if no other run writes there, remove it")
     if found is None:
         return ok("owner", "none")
     gone = is_gone(found)

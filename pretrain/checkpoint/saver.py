@@ -195,7 +195,8 @@ class Saver:
             started = time.perf_counter()
             work = self._pending.committing or self._pending.writing
             work.wait(_POLL_SECONDS)
-            if work.done or work.progress != before:
+            if work.progress != before:
+                # Not where this rank is through and waits for another: that one may hang.
                 before = work.progress
                 self._alive()
             told = self._engine.sum([self.told()])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from launch.board import Board
+from launch.node import main
+from launch.supervisor import board_of
 from tests.launch.supervised import processes_with
 from tests.ranks import ROOT
 
@@ -85,6 +88,50 @@ def test_bad_input_of_one_node_is_that_of_all(tmp_path: Path) -> None:
     statuses, said = run_nodes(tmp_path, "bad")
     assert statuses == [2, 2] and "ended with another node: bad input" in said[1], said
     assert not list(tmp_path.glob("incident-*"))
+
+
+def test_what_stops_the_first_node_before_its_ranks_ends_the_others_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"run": {"dir": str(tmp_path / "run")}, "data": {"train": "unused"}}))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        shape = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", "0", "--main_process_port", str(port)]
+        assert main([*shape, "-m", "pretrain.train", str(config)]) == 2
+    assert f"port {port}" in capsys.readouterr().err
+    other = board_of(tmp_path / "run", 1, 2)
+    assert other is not None and other.ended() == ("bad input", 2)
+
+
+def test_each_alarm_has_its_time_and_a_node_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (Board(tmp_path, node, 3) for node in range(3))
+    clock = [1000.0]
+    monkeypatch.setattr("launch.board.time.monotonic", lambda: clock[0])
+    for board in (first, second):
+        assert board.raise_alarm() is not None
+        for waited in (0, 10, 20):
+            assert third.raise_alarm() is None and third.standing_seconds() == waited
+            clock[0] += 10
+        board.withdraw()
+    # Gone between two looks, and once more much later: each time as new.
+    assert third.standing_seconds() == 0
+    clock[0] += 1000
+    assert third.standing_seconds() == 0
+
+
+def test_a_folder_that_takes_nothing_ends_no_supervisor(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    board = Board(tmp_path / "logs" / "nodes", 0, 2)
+    assert board.raise_alarm() is None and board.standing_seconds() == 0
+    board.answer("an alarm", [])
+    board.announce_end("rank 1: killed", 76)
+    board.withdraw()
+    assert board.ended() is None and board.alarm() is None
 
 
 def test_one_alarm_at_a_time_and_a_node_that_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,29 @@ def test_a_lock_that_nobody_holds_is_cleared(
     assert machine.jit_locks().found == "none left over"
 
 
+def test_a_lock_that_goes_or_stays_meanwhile_ends_no_start(
+    tmp_path: Path, held: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(machine, "_extension_locks", lambda: iter([tmp_path / "gone" / "lock"]))
+    assert machine.jit_locks().found == "none left over"
+    (tmp_path / "kept" / "lock").mkdir(parents=True)
+    monkeypatch.setattr(machine, "_extension_locks", lambda: iter([tmp_path / "kept" / "lock"]))
+    found = machine.jit_locks()
+    assert found.level == "warning" and "cannot be removed" in found.found
+
+    # A file that is closed while its process's are looked through hides none of the others.
+    stat = os.stat
+
+    def closed(path: object, *args: object, **kwargs: object) -> os.stat_result:
+        if str(path).startswith(f"/proc/{held.pid}/fd/") and not os.readlink(str(path)).endswith("/lock"):
+            raise FileNotFoundError(path)
+        return stat(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", closed)
+    assert machine._is_open(tmp_path / "held" / "lock")
+
+
 def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -70,6 +93,8 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         found = machine.port()
         assert found.level == "error" and f"port {number}" in found.found
     assert machine.port().level == "ok"
+    monkeypatch.setenv("MASTER_PORT", "70000")
+    assert machine.port().level == "error" and "port 70000" in machine.port().found
 
 
 def test_room_for_checkpoints_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +136,7 @@ def test_a_run_directory_that_takes_no_files(tmp_path: Path) -> None:
     assert found.level == "error"
 
 
-def test_an_owner_that_is_alive_stops_a_start(tmp_path: Path) -> None:
+def test_an_owner_that_is_alive_stops_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = Owner.take(tmp_path / "run", 60, print)
     with pytest.raises(BadInput, match=f"owner: a run that is going on .*process {os.getpid()}"):
         check_before_start(config(tmp_path), 2)
@@ -120,6 +145,12 @@ def test_an_owner_that_is_alive_stops_a_start(tmp_path: Path) -> None:
     found = of_run.owner(config(tmp_path))
     assert found.level == "warning" and "waits for it to save and end" in found.advice
     owner.give_back()
+    (tmp_path / "run" / "owner.json").write_text("of something else")
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain.owner._SECONDS_TO_WRITE", 0.2)
+        with pytest.raises(BadInput, match="owner.json is no record of an owner"):
+            check_before_start(config(tmp_path), 2)
+    (tmp_path / "run" / "owner.json").unlink()
     start = time.monotonic()
     check_before_start(config(tmp_path), 2)
     assert time.monotonic() - start < 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.incident import Incident, Log, report
 from launch.processes import children
-from launch.supervisor import seconds_before_restart
+from launch.ranks import ENDED_RANKS, joint_status
+from launch.supervisor import Job, _Attempt, _Signals, seconds_before_restart
 from pretrain.config import SupervisorConfig
+from pretrain.heartbeat import Pulse
 from tests.launch.supervised import Supervised
 
 pytestmark = pytest.mark.timeout(120)
@@ -162,6 +166,51 @@ def test_a_second_signal_ends_everything_at_once(tmp_path: Path) -> None:
         running.process.send_signal(signal.SIGINT)
         time.sleep(0.3)
     assert running.end(10)[0] == 130
+
+
+@pytest.mark.parametrize(
+    ("ended", "failed", "status", "rank", "kind"),
+    [
+        ([[0, -6], [1, -9]], [], 76, 1, "rank_died"),
+        ([[0, -6], [1, -6]], [], 76, 0, "rank_died"),
+        ([[0, -6], [1, -6]], [1], 1, 1, "exception"),
+        ([[0, -6], [1, -11]], [0], 76, 1, "rank_died"),
+    ],
+)
+def test_a_rank_that_aborts_because_another_died_is_not_the_one(
+    tmp_path: Path, ended: list[list[int]], failed: list[int], status: int, rank: int, kind: str
+) -> None:
+    job = Job([], {}, tmp_path, "again", range(2))
+    attempt = _Attempt(job, SupervisorConfig(), _Signals(), tmp_path, 1)
+    (tmp_path / "heartbeats-1" / ENDED_RANKS).write_text(json.dumps(ended))
+    for each in failed:
+        Pulse(each, tmp_path / "heartbeats-1").fail(ValueError("the reason"))
+    outcome = attempt._ended(joint_status([code for _, code in ended]))
+    assert outcome.incident is not None
+    assert (outcome.status, outcome.incident.rank, outcome.incident.kind) == (status, rank, kind)
+
+
+def test_a_fault_that_two_nodes_saw_is_one_and_those_of_one_node_are_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for start, step in ((None, 12), (None, 12), ("1", 30), ("1", 29)):
+        if start is not None:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", start)
+        Log(tmp_path).write("fault", attempt=1, step=step)
+    assert Log(tmp_path).faults("7") == [12, 30] and Log(tmp_path).faults("8") == []
+    Log(tmp_path).write("fault", attempt=2, step=31)
+    assert Log(tmp_path).faults("7") == [12, 30, 31]
+
+
+def test_the_way_on_is_told_though_the_disk_takes_no_incident(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").touch()
+    died = Incident("rank_died", 1, 3, "forward", "killed")
+    assert report(died, tmp_path / "run", 76, 1, "the command again") is None
+    said = capsys.readouterr().err
+    assert "go on with: the command again" in said and "the incident could not be written" in said
 
 
 def test_back_off_doubles_and_has_a_cap() -> None:

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.heartbeat import FOLDER_VARIABLE, STACKS_SIGNAL, Beat, Pulse, read_beat, read_failure, stacks_file
+from pretrain import train
+from pretrain.config import Config
+from pretrain.heartbeat import (
+    FOLDER_VARIABLE,
+    STACKS_SIGNAL,
+    Beat,
+    Failure,
+    Pulse,
+    read_beat,
+    read_failure,
+    stacks_file,
+)
+from tests.pretrain.tiny import tiny_config
 from tests.ranks import ROOT
 
 
@@ -52,6 +64,35 @@ def test_the_exception_that_ended_a_rank(tmp_path: Path) -> None:
     failure = read_failure(tmp_path, 0)
     assert failure is not None and (failure.step, failure.phase) == (4, "forward")
     assert failure.line == "ValueError: two lines" and "test_heartbeat.py" in failure.text
+    pulse.fail(RuntimeError("while it ended"))
+    assert read_failure(tmp_path, 0) == failure
+
+
+def test_what_ends_a_rank_is_told_before_the_others_can_fail_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Failure | None] = []
+
+    class Broken:
+        """An engine of a group that closes as soon as this rank leaves it."""
+
+        rank, is_main, asked = 0, True, 0
+
+        def __init__(self, config: Config) -> None:
+            pass
+
+        def barrier(self) -> None:
+            self.asked += 1
+            if self.asked == 2:
+                raise ValueError("the cause")
+
+        def close(self) -> None:
+            told.append(read_failure(tmp_path, 0))
+
+    monkeypatch.setattr(train, "Engine", Broken)
+    with pytest.raises(ValueError, match="the cause"):
+        train._train(tiny_config(str(tmp_path / "run")), "auto", (), Pulse(0, tmp_path), None)
+    assert [failure.line for failure in told if failure] == ["ValueError: the cause"]
 
 
 def test_a_process_that_hangs_in_native_code_and_its_child_answer_with_stacks(tmp_path: Path) -> None:

@@ -239,6 +239,24 @@ def test_a_full_disk_loses_nothing_once_there_is_room_again(tmp_path: Path) -> N
         subprocess.run(["umount", "-l", str(tmp_path)], check=True, timeout=20)
 
 
+def test_records_whose_opening_line_is_lost_do_not_pass_for_the_next_start_s(home: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, [open_dataset(home / "a")])
+    run.start()
+    run.steps(2)
+    saved = run.checkpoint()
+    run.steps(3)
+    # A start whose line a full disk did not take, killed after three steps; what it did is undone.
+    lost = LedgerWriter(tmp_path)
+    lost.stretch += 1
+    for step in (3, 4, 5):
+        lost.add(step, step - 1, int(id_checksums(run.sequence.batch(step - 1).index)), Outcome.TRAINED)
+    lost.close()
+    run.start(saved)
+    run.steps(2)
+    assert effective(tmp_path) == run.done and proof_of(tmp_path).exact
+    assert len(Ledger.read(tmp_path).undone) == 6
+
+
 def test_damage_in_the_middle_is_counted_and_shows(home: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, [open_dataset(home / "a")])
     run.start()

@@ -56,6 +56,18 @@ def test_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_first_sigint_saves_though_something_else_has_asked_already(tmp_path: Path) -> None:
+    (tmp_path / STOP_FILE).touch()
+    (rank,) = requests(tmp_path, 1)
+    rank.catch_signals()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert rank.told() > 0
+    os.kill(os.getpid(), signal.SIGINT)
+    assert rank.agree(rank.told()) and rank.reason == "SIGUSR1 and SIGINT and a file named STOP"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_the_file_is_seen_by_rank_0_and_taken_away(tmp_path: Path) -> None:
     (tmp_path / STOP_FILE).touch()
     first, second = requests(tmp_path, 2)

@@ -153,6 +153,16 @@ def test_a_resumed_watch_decides_as_an_undisturbed_one(numbers: list, cut: int, 
     assert second.state() == whole.state()
 
 
+def test_a_loss_that_is_made_of_other_parts_is_no_spike() -> None:
+    first = watch_of(policy="skip")
+    steady(first)
+    for changed, kind in ((["train.learning_rate", "data.train"], "loss_spike"), (["losses.text"], None)):
+        watch = watch_of(policy="skip")
+        watch.resume(first.state())
+        watch.forget(changed)
+        assert judge(watch, 60.0).kind == kind
+
+
 def test_the_state_of_an_older_version_is_taken() -> None:
     watch = watch_of()
     watch.resume({"non_finite": 2})
