@@ -162,7 +162,10 @@ class _Signals:
             send(descendants(self.pid, self.others), signal.SIGKILL)
             return
         self.asked.append(number)
-        say(f"{signal_name(number)}: stopping with a checkpoint; a second signal stops at once")
+        # Not print: the signal may have come in the middle of one.
+        os.write(
+            2, f"triptych: {signal_name(number)}: stopping with a checkpoint; a second one stops at once\n".encode()
+        )
         if self.child is not None:
             self.child.send_signal(number)
 

@@ -61,7 +61,7 @@ def evaluate(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
-    alive: Callable[[], None] = lambda: None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Score `model` on `dataset`; every rank must call this, and every rank gets the same result.
 
@@ -73,7 +73,7 @@ def evaluate(
         rank, world_size: this process among those that evaluate together.
         device: where the model is.
         batch_size: samples a forward pass; None takes `config.evaluation.batch`.
-        alive: called before each batch.
+        before_batch: called before each batch, equally often on every rank. What it raises ends the evaluation.
 
     Returns:
         A JSON-ready dict: `zero_shot`, `retrieval`, `caption`, `num_samples`, `data`, `seconds`. Scores are in 0..1,
@@ -85,7 +85,7 @@ def evaluate(
     try:
         with torch.inference_mode():
             found = _collect(
-                model, config, dataset, tokenizer, rank, world_size, torch.device(device), batch_size, alive
+                model, config, dataset, tokenizer, rank, world_size, torch.device(device), batch_size, before_batch
             )
             classes, labels = _labels(dataset, found.index)
             prompts = {
@@ -114,12 +114,12 @@ def _collect(
     world_size: int,
     device: torch.device,
     batch_size: int | None,
-    alive: Callable[[], None],
+    before_batch: Callable[[], None],
 ) -> Collected:
     loader = build_eval_loader(config, dataset, tokenizer, rank, world_size, batch_size or config.evaluation.batch)
     parts: list[dict[str, Tensor]] = []
     for batch in loader:
-        alive()
+        before_batch()
         part: dict[str, Tensor] = {"weight": batch["weight"], "index": batch["index"]}
         num_patches = (batch["image_position"] >= 0).all(-1).sum(1)
         for modality, values, length in (

@@ -146,8 +146,7 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
     try:
         check_same_environment(engine, versions())
         start, passed = find_start(run_dir, resume, engine)
-        if engine.is_main:
-            say_what_is_passed_over(passed, start)
+        pass_over(passed, start)
         old = TrainerState.read(start) if start is not None else None
         if start != likely:
             changed = changed_settings(start, config, allow_change)
@@ -207,12 +206,19 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
         engine.close()
 
 
-def say_what_is_passed_over(passed: Sequence[checkpoint.Found], start: Path | None) -> None:
-    """Name every invalid checkpoint with its reason; and say so where no valid one is left."""
-    for bad in passed:
+def pass_over(passed: Sequence[checkpoint.Found], start: Path | None) -> None:
+    """Name every invalid checkpoint with its reason, on rank 0.
+
+    Raises:
+        BadInput: no valid one is left.
+    """
+    for bad in passed if global_rank() == 0 else ():
         print(f"passed over {bad.path}: {bad.reason}", file=sys.stderr)
     if passed and start is None:
-        print(f"no checkpoint in {passed[0].path.parent} is valid: starting anew at step 0", file=sys.stderr)
+        raise BadInput(
+            f"no checkpoint in {passed[0].path.parent} is valid, and starting anew would write over what is left of "
+            "the run: remove them to do so, or name a valid one with --resume PATH"
+        )
 
 
 def changed_settings(start: Path | None, config: Any, allow_change: Sequence[str]) -> list[Difference]:

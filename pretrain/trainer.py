@@ -127,19 +127,31 @@ class Trainer:
                 coming = self._coming(batches)
                 continue
             done = self.step == self.config.train.max_steps
-            if stopped and self.engine.is_main:
-                print(f"stopping after step {self.step}: {self.stop_request.reason}", file=sys.stderr, flush=True)
+            if stopped:
+                self._say_why()
             if done or stopped or self.step % self.config.checkpoint.every_steps == 0:
                 self._save(last=done or stopped)
             if not stopped:
                 for callback in self.callbacks:
                     callback.after_step(self, record)
+        if not stopped and self.stop_request.reason:
+            # The evaluation after the last step was left; the next start catches up on it.
+            stopped = True
+            self._say_why()
         for callback in self.callbacks:
             callback.on_end(self)
         if stopped:
             self.stop_request.done()
         self.pulse.beat("end", self.step)
         return not stopped
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop; all ranks ask together, in what takes long between two steps."""
+        return self.stop_request.agree(*self.engine.sum([self.stop_request.told()]))
+
+    def _say_why(self) -> None:
+        if self.engine.is_main:
+            print(f"stopping after step {self.step}: {self.stop_request.reason}", file=sys.stderr, flush=True)
 
     def _coming(self, batches: Callable[[range], Iterator[dict[str, Any]]]) -> Generator[dict[str, Any], None, None]:
         for numbers in list(self.cursor.ranges(self.config.train.max_steps - self.step)):

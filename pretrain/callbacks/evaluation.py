@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from pretrain.trainer import Trainer
 
 
+class Left(Exception):
+    """The evaluation was left, on all ranks before the same batch, because somebody asked the run to stop."""
+
+
 class Evaluation(Callback):
     """Runs `evaluate` on all ranks every `evaluation.every_steps` steps and after the last step.
 
+    A request to stop does not wait for its end, which may be later than the job's: it is left without results.
     The first dataset's results are the run's; those of further ones stand under `more`, by name.
     """
 
@@ -41,23 +46,35 @@ class Evaluation(Callback):
 
     def _evaluate(self, trainer: Trainer) -> None:
         config, engine = trainer.config, trainer.engine
+
+        def before_batch() -> None:
+            trainer.pulse.beat("evaluate", trainer.step)
+            if trainer.asked_to_stop():
+                raise Left
+
         engine.module.eval()
-        results, *others = [
-            evaluate(
-                engine.model,
-                config,
-                dataset,
-                self._tokenizer,
-                rank=engine.rank,
-                world_size=engine.world_size,
-                device=engine.device,
-                alive=lambda: trainer.pulse.beat("evaluate", trainer.step),
-            )
-            for dataset in self._datasets
-        ]
+        try:
+            results, *others = [
+                evaluate(
+                    engine.model,
+                    config,
+                    dataset,
+                    self._tokenizer,
+                    rank=engine.rank,
+                    world_size=engine.world_size,
+                    device=engine.device,
+                    before_batch=before_batch,
+                )
+                for dataset in self._datasets
+            ]
+        except Left:
+            if engine.is_main:
+                print(f"the evaluation at step {trainer.step} was left without results", file=sys.stderr, flush=True)
+            return
+        finally:
+            engine.module.train()
         if others:
             results["more"] = {dataset.name: found for dataset, found in zip(self._datasets[1:], others, strict=True)}
-        engine.module.train()
         results["step"] = trainer.step
         if engine.is_main:
             path = _result_file(trainer, trainer.step)

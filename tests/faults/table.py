@@ -58,7 +58,7 @@ def _signal_command(*numbers: int) -> Callable[..., None]:
         for number in numbers:
             run.process.send_signal(number)
             if number != numbers[-1]:
-                run.wait_for(lambda: "a second signal stops at once" in run.said)
+                run.wait_for(lambda: "a second one stops at once" in run.said)
 
     return inject
 
@@ -160,7 +160,7 @@ FAULTS = (
     Fault("SIGUSR1", _signal_command(signal.SIGUSR1), (STOPPED,), rf"SIGUSR1: stopping with[\s\S]*{_ON_PURPOSE}"),
     Fault("SIGINT", _signal_command(signal.SIGINT), (STOPPED,), rf"SIGINT: stopping with[\s\S]*{_ON_PURPOSE}"),
     Fault(
-        "SIGINT twice", _signal_command(signal.SIGINT, signal.SIGINT), (128 + signal.SIGINT, STOPPED), "second signal"
+        "SIGINT twice", _signal_command(signal.SIGINT, signal.SIGINT), (128 + signal.SIGINT, STOPPED), "a second one"
     ),
     Fault("a STOP file", _stop_file, (STOPPED,), "STOP"),
     Fault("a second starter", _second_starter),

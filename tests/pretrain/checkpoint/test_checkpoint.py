@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.errors import BadInput
 from pretrain import checkpoint
-from pretrain.train import say_what_is_passed_over
+from pretrain.train import pass_over
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
@@ -116,15 +116,15 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
         checkpoint.read_manifest(tmp_path)
 
 
-def test_a_run_whose_checkpoints_are_all_invalid_says_that_it_starts_anew(
+def test_a_run_whose_checkpoints_are_all_invalid_does_not_start_anew(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (2, 4, 6):
         damage(checkpoint.folder_of(run, step), "no manifest")
     found, passed = checkpoint.find_latest(run)
-    say_what_is_passed_over(passed, found.path if found else None)
+    with pytest.raises(BadInput, match="no checkpoint in .* is valid"):
+        pass_over(passed, found.path if found else None)
     said = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0][-8:] for line in said[:3]] == ["00000006", "00000004", "00000002"]
-    assert said[3:] == [f"no checkpoint in {run / 'checkpoints'} is valid: starting anew at step 0"]
-    say_what_is_passed_over(passed[:1], checkpoint.folder_of(run, 4))
+    assert [line.split(":")[0][-8:] for line in said] == ["00000006", "00000004", "00000002"]
+    pass_over(passed[:1], checkpoint.folder_of(run, 4))
     assert len(capsys.readouterr().err.splitlines()) == 1
