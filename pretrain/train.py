@@ -24,6 +24,7 @@ from typing import Any
 from data_pipelines.atomic import atomic_file
 from data_pipelines.errors import BadInput, printable
 from pretrain import checkpoint
+from pretrain.accelerate_settings import check_launcher, launcher_words
 from pretrain.changes import MIXTURE, Difference, check_fields, covers, spell_out
 from pretrain.config import Config, dump_config, load_config
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
@@ -108,7 +109,7 @@ def train(
         True when the last step is done, false when stopped on purpose with a checkpoint saved.
     """
     config = load_config(config_path, overrides)
-    accumulation_steps(config, global_world_size())
+    check_launcher(config, accumulation_steps(config, global_world_size()), os.environ, launcher_words())
     if global_rank():
         return _train(config, resume, allow_change, pulse, None)
     say = functools.partial(print, file=sys.stderr, flush=True)
