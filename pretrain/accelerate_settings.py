@@ -62,8 +62,8 @@ def check_launcher(
         found.append(f"mixed_precision {printable(precision)}, here it is {engine.precision} (engine.precision)")
     if found:
         raise BadInput(
-            f"accelerate's settings and the run's config disagree: accelerate says {'; '.join(found)}. Change one of the "
-            "two: the options or config file of `accelerate launch`, or the config (`--set KEY=VALUE`)"
+            f"accelerate's settings and the run's config disagree: accelerate says {'; '.join(found)}. Change one "
+            "of the two: the options or config file of `accelerate launch`, or the config (`--set KEY=VALUE`)"
         )
 
 
