@@ -59,5 +59,5 @@ def keep_rank_log(run_dir: Path, rank: int, start: int) -> None:
     if job:
         where += f", job {job}, requeued {os.environ.get('SLURM_RESTART_COUNT') or 0} times"
     os.write(log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} == start {start} of the run, {where}\n".encode())
-    sys.stdout = _Copied(sys.stdout, log)  # type: ignore[assignment]
-    sys.stderr = _Copied(sys.stderr, log)  # type: ignore[assignment]
+    sys.stdout = _Copied(sys.stdout, log)
+    sys.stderr = _Copied(sys.stderr, log)

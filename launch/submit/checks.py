@@ -3,6 +3,8 @@ data, and what `triptych plan` computes."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -21,7 +23,8 @@ _SHORTEST_SECRET = 6
 
 def problems(config: Config, request: Request, accelerator: str | None, evaluates: bool) -> tuple[list[str], list[str]]:
     """(what would stop the job, what deserves a word), each in one line."""
-    errors, warnings = [], []
+    errors: list[str] = []
+    warnings: list[str] = []
     if (wrong := _uneven(config, request)) is not None:
         errors.append(wrong)
     if evaluates and not config.data.eval_sources:
@@ -74,10 +77,9 @@ def _uneven(config: Config, request: Request) -> str | None:
 
 
 def _rejected(config: Config, request: Request, accelerator: str | None) -> list[str]:
-    try:
-        from launch.plan import reject
-    except ImportError:
+    if importlib.util.find_spec("launch.plan") is None:
         return []
+    reject = importlib.import_module("launch.plan").reject
     return list(reject(config, request.world, accelerator, request.seconds))
 
 
