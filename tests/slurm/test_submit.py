@@ -92,9 +92,11 @@ def test_a_run_saves_before_its_time_limit_and_goes_on(
     again = cluster.triptych("submit", "config.yaml", cwd=tmp_path)
     assert again.returncode == 2 and f"job {job} of this run is running" in again.stderr
 
-    # Slurm warns up to a minute early, and no limit is shorter than a minute.
+    # One to two minutes are left then, less than the 180 s ahead of which it is told.
+    hours, minutes, _ = cluster.job(job)["RunTime"].split(":")
     limit = ("scontrol", "update", f"JobId={job}")
-    assert cluster.run(*limit, "TimeLimit=1", cwd=tmp_path).returncode == 0
+    soon = f"TimeLimit={60 * int(hours) + int(minutes) + 2}"
+    assert cluster.run(*limit, soon, cwd=tmp_path).returncode == 0
     until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
     assert cluster.run(*limit, "TimeLimit=30", cwd=tmp_path).returncode == 0
     cluster.wait(job, "COMPLETED", seconds=400)
