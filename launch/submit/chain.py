@@ -73,7 +73,7 @@ class Chain:
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
         self.run_dir = Path(wanted.config.run.dir)
-        checks.pick(str(self.run_dir))
+        checks.check_output_path(str(self.run_dir))
         self.folder = self.run_dir / FOLDER / f"{_next_number(self.run_dir):03d}"
         self.config_file = self.folder / "config.yaml"
         config = wanted.config.model_copy(update={"slurm": wanted.request.as_config()})

@@ -83,7 +83,7 @@ def _rejected(config: Config, request: Request, accelerator: str | None) -> list
     return list(reject(config, request.world, accelerator, request.seconds))
 
 
-def pick(run_dir: str) -> None:
+def check_output_path(run_dir: str) -> None:
     """Raise `BadInput` for a run directory that cannot stand in sbatch's --output."""
     if re.search(r'["\\]', run_dir) or not run_dir.isprintable():
         raise BadInput(f"run.dir {run_dir[:80]!r}: sbatch cannot take quotes, backslashes and control characters there")

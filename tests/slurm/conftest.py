@@ -68,7 +68,7 @@ def losses_here(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], lis
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             check=True,
             capture_output=True,
-            timeout=400,
+            timeout=800,
         )
         return losses(folder / "run")
 

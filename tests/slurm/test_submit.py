@@ -19,7 +19,7 @@ from tests.data_pipelines.raw import write_files, write_jsonl
 from tests.slurm.conftest import ROOT, SCRIPT, STEPS, Cluster, losses, whole_run
 from tests.small_run import config_text
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 TOKEN = "hf_a_token_of_the_submitter"
 SECRETS = {"HF_TOKEN": TOKEN, "SBATCH_EXPORT": "ALL"}
 OPTIONS = ("--cpus-per-task", "1", "--mem", "3000", "--time", "30")
@@ -39,7 +39,7 @@ def submit(cluster: Cluster, folder: Path, *options: str) -> list[int]:
     return [int(line.split()[0]) for line in done.stdout.splitlines()]
 
 
-def until(true: Callable[[], object], what: str, seconds: float = 300) -> None:
+def until(true: Callable[[], object], what: str, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"{what} never came"
@@ -99,7 +99,7 @@ def test_a_run_saves_before_its_time_limit_and_goes_on(
     assert cluster.run(*limit, soon, cwd=tmp_path).returncode == 0
     until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
     assert cluster.run(*limit, "TimeLimit=30", cwd=tmp_path).returncode == 0
-    cluster.wait(job, "COMPLETED", seconds=400)
+    cluster.wait(job, "COMPLETED", seconds=800)
 
     assert losses(tmp_path / "run") == pytest.approx(losses_here(2), rel=1e-5)
     check_ledger(cluster, tmp_path)
@@ -210,7 +210,7 @@ def test_whatever_happens_to_a_job_it_ends_as_it_would_have(
     until(lambda: steps_done(tmp_path) >= 3, "the third step")
     fault(cluster, tmp_path, job)
     subprocess.run(["bash", str(SCRIPT), "up"], capture_output=True, env=cluster.environment, timeout=120, check=True)
-    done = cluster.wait(job, "COMPLETED", seconds=500)
+    done = cluster.wait(job, "COMPLETED", seconds=800)
     assert int(done["Restarts"]) >= 1
     assert losses(tmp_path / "run") == pytest.approx(losses_here(stage), rel=1e-5)
     check_ledger(cluster, tmp_path)
@@ -226,7 +226,7 @@ def test_with_min_nodes_a_run_goes_on_with_what_is_left(
     (job,) = submit(cluster, tmp_path, "--nodes", "2", "--min-nodes", "1", "--cpus-per-task", "4")
     until(lambda: steps_done(tmp_path) >= 3, "the third step")
     crash(cluster, tmp_path, job)
-    cluster.wait(job, "COMPLETED", seconds=500)
+    cluster.wait(job, "COMPLETED", seconds=800)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_sizes"] == [2, 1]
     assert losses(tmp_path / "run") == pytest.approx(losses_here(2), rel=1e-4)
     check_ledger(cluster, tmp_path)
