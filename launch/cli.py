@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from launch import data_commands
+from launch import data_commands, watch_commands
 from launch.demo import demo_command
 from launch.errors import BAD_INPUT, exits_cleanly
 from launch.eval_commands import eval_command
@@ -140,6 +140,7 @@ def ledger(
     raise typer.Exit(ledger_command(run, step, repeated, unseen, verify, data or (), json))
 
 
+app.command("status")(exits_cleanly(watch_commands.status))
 app.command("eval")(exits_cleanly(eval_command))
 app.command("export")(exits_cleanly(export_command))
 app.command("verify")(exits_cleanly(verify_command))
