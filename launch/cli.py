@@ -140,7 +140,8 @@ def ledger(
     raise typer.Exit(ledger_command(run, step, repeated, unseen, verify, data or (), json))
 
 
-app.command("status")(exits_cleanly(watch_commands.status))
+for _name in ("status", "stop", "logs"):
+    app.command(_name)(exits_cleanly(getattr(watch_commands, _name)))
 app.command("eval")(exits_cleanly(eval_command))
 app.command("export")(exits_cleanly(export_command))
 app.command("verify")(exits_cleanly(verify_command))

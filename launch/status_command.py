@@ -1,4 +1,4 @@
-"""`triptych status`: how a run is doing, once or as a dashboard; without a run, a line for each one below this folder."""
+"""`triptych status`: how a run is doing, once or as a dashboard; without a run, a line for each one below here."""
 
 from __future__ import annotations
 

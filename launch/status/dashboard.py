@@ -59,9 +59,8 @@ class Dashboard:
         losses, speed = _losses(snapshot, tall + 1), _speed(snapshot, tall)
         rows = tall + 7
         about = Panel(self._facts(snapshot), title="run", title_align="left", border_style=_BORDER)
-        happened = Panel(
-            _events(events(snapshot.run), snapshot.now, height), title="events", title_align="left", border_style=_BORDER
-        )
+        told = _events(events(snapshot.run), snapshot.now, height)
+        happened = Panel(told, title="events", title_align="left", border_style=_BORDER)
         root = Layout()
         if wide:
             curves.split_row(Layout(losses), Layout(speed))
@@ -179,7 +178,12 @@ class _Watcher(threading.Thread):
 def _keys() -> Iterator[Any]:
     """Single keys from standard input, where that is a terminal; gives a function (seconds) -> key or ''."""
     if not sys.stdin.isatty():
-        yield lambda seconds: time.sleep(seconds) or ""
+
+        def wait(seconds: float) -> str:
+            time.sleep(seconds)
+            return ""
+
+        yield wait
         return
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
@@ -262,10 +266,10 @@ def _short(value: float) -> str:
 
 
 def _events(found: Sequence[Event], now: float, rows: int) -> RenderableType:
-    table = Table.grid(padding=(0, 1))
+    table = Table.grid(expand=True, padding=(0, 1))
     for _ in range(2):
         table.add_column(no_wrap=True)
-    table.add_column(overflow="ellipsis", no_wrap=True)
+    table.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
     # Of checkpoints the newest says enough.
     last_save = max((each.time for each in found if each.kind == "checkpoint"), default=0.0)
     shown = [each for each in found if each.kind != "checkpoint" or each.time == last_save]

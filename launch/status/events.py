@@ -1,4 +1,4 @@
-"""What happened to a run, in the order of time: starts, stops, faults, steps that went wrong, checkpoints, evaluations."""
+"""What happened to a run, in the order of time: starts, stops, faults, odd steps, checkpoints, evaluations."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Metrics:
         for place in range(self._places):
             file.seek(end * place // self._places)
             piece = file.read(_PIECE_BYTES).split(b"\n")
-            found = next(_parse(piece[: -1] if place == 0 else piece[1:-1]), None)
+            found = next(_parse(piece[:-1] if place == 0 else piece[1:-1]), None)
             if found is not None and int(found["step"]) > step:
                 step = int(found["step"])
                 yield found

@@ -118,11 +118,18 @@ class RunFiles:
         pid = self.supervisor[-1].get("pid")
         return isinstance(pid, int) and state(pid) != GONE
 
+    def supervisor_sees_to_it(self) -> bool:
+        """Whether the owner is gone from this host and its supervisor has not ended yet."""
+        above = self.owner.ancestors if self.owner is not None and self.owner_gone else ()
+        return len(above) > 1 and state(above[-1]) != GONE
+
 
 def looks_like_a_run(folder: Path) -> bool:
     """Whether a folder is a run directory, of a run that has begun or of one that is to begin."""
-    return (folder / "config.yaml").is_file() and any((folder / name).exists() for name in _MARKS) or (
-        (folder / JOBS_FILE).is_file() or (folder / OWNER_FILE).is_file()
+    return (
+        (folder / "config.yaml").is_file()
+        and any((folder / name).exists() for name in _MARKS)
+        or ((folder / JOBS_FILE).is_file() or (folder / OWNER_FILE).is_file())
     )
 
 
@@ -226,9 +233,7 @@ def _incident_of(file: Path, modified: float) -> Incident | None:
         done = {"log": "trained", "skip": "skipped", "roll_back": "rolled back", "stop": "stopped"}.get(
             str(raw.get("action")), f"ended with {status}" if status is not None else ""
         )
-        return Incident(
-            float(raw["time"]), str(raw["kind"]), int(raw["step"]), int(raw["rank"]), text, done, file.name
-        )
+        return Incident(float(raw["time"]), str(raw["kind"]), int(raw["step"]), int(raw["rank"]), text, done, file.name)
     except (KeyError, TypeError, ValueError):
         return None
 

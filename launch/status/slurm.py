@@ -191,6 +191,14 @@ def command_of(job: str) -> tuple[str, str] | None:
     return (lines[0][0], lines[1][0]) if all(lines) else None
 
 
+def output_of(job: str) -> str | None:
+    """Where a job writes what it says; None where Slurm does not know it."""
+    if not is_job_id(job) or not is_there():
+        return None
+    found = re.findall(r"^ +StdOut=(.*)$", _ask("scontrol", "show", "job", job), re.MULTILINE)
+    return str(found[-1]) if found else None
+
+
 def cancel(job: str, signal: str | None = None) -> str | None:
     """Cancel a job, or have its batch shell get a signal; why it could not be done, or None."""
     words = ["scancel", *(("--batch", f"--signal={signal}") if signal else ()), job]
@@ -238,9 +246,9 @@ def _arrays(found: Iterable[Job]) -> list[Job]:
         if len(tasks) == 1:
             joined.append(replace(tasks[0], id=name, tasks=counts if "_" in tasks[0].id else None))
             continue
-        ranked = [state for state in ("RUNNING", "COMPLETING", "PENDING") if state in counts]
-        ranked += [state for state in counts if state not in ("RUNNING", "COMPLETING", "PENDING", "COMPLETED")]
-        state = next(iter(ranked), "COMPLETED")
+        going = ("RUNNING", "COMPLETING", "PENDING")
+        bad = [state for state in counts if state not in (*going, "COMPLETED")]
+        state = next((state for state in (*going, *bad) if state in counts), "COMPLETED")
         first = next(task for task in tasks if task.state == state)
         nodes = ",".join(dict.fromkeys(task.nodes for task in tasks if task.nodes and task.state == "RUNNING"))
         joined.append(replace(first, id=name, nodes=nodes or first.nodes, tasks=counts))

@@ -122,6 +122,8 @@ def _ended(run: RunFiles, step: int, finished: bool, job: Job | None, now: float
         return State("failed", f"job {job.id} failed with {job.exit_code or 'no status'}: see the log")
     if not run.starts:
         return State("new", "nothing has started yet")
+    if run.supervisor_sees_to_it():
+        return State("restarting", "a rank has ended, and the supervisor sees to it")
     if run.owner is not None:
         return State("killed", f"process {run.owner.pid} has gone without a word, at step {step}")
     return State("stopped", f"at step {step}")

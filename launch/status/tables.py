@@ -105,9 +105,8 @@ def facts(snapshot: Snapshot) -> list[tuple[str, RenderableType]]:
         found.append(("", Text(printable(f"the last save failed: {failed[-1]['reason']}"), style="red")))
     if snapshot.restarts:
         last = run.starts[-1]
-        found.append(
-            ("restarts", _text(f"{snapshot.restarts}, last {ago(last.get('time'), snapshot.now)} from step {last['step']:,}"))
-        )
+        when = f"last {ago(last.get('time'), snapshot.now)} from step {last.get('step', 0):,}"
+        found.append(("restarts", _text(f"{snapshot.restarts}, {when}")))
     if run.num_incidents:
         newest = run.incidents[-1] if run.incidents else None
         told = f", last {ago(newest.time, snapshot.now)}: {newest.text}" if newest else ""
@@ -141,7 +140,8 @@ def details(snapshot: Snapshot) -> RenderableType:
         head.add_row("step", line)
     loss = number(last.get("loss"))
     if loss is not None:
-        parts = "  ".join(f"{name} {value:.3f}" for name in PARTS if (value := number(last.get(f"loss_{name}"))) is not None)
+        known = [(name, number(last.get(f"loss_{name}"))) for name in PARTS]
+        parts = "  ".join(f"{name} {value:.3f}" for name, value in known if value is not None)
         curve = sparkline(values(snapshot.metrics.overview, "loss"), 28)[0]
         head.add_row("loss", Text.assemble(f"{loss:.4f}  ", (curve, "cyan"), f"  {parts}"))
     if progress.samples_per_second is not None and progress.seconds_a_step is not None:

@@ -44,9 +44,9 @@ def _of_job(job: str) -> Path:
             return folder
     found = slurm.command_of(job)
     if found is not None:
-        folder = run_of_command(*found)
-        if folder is not None and folder.is_dir():
-            return folder
+        started = run_of_command(*found)
+        if started is not None and started.is_dir():
+            return started
         raise BadInput(f"job {job} runs `{found[0]}`, which is no run that can be found; give the run directory")
     known = "" if slurm.is_there() else " and there is no squeue to ask"
     raise BadInput(f"job {job}: no run below {Path.cwd()} is of it{known}; give the run directory")
