@@ -140,7 +140,7 @@ def ledger(
     raise typer.Exit(ledger_command(run, step, repeated, unseen, verify, data or (), json))
 
 
-for _name in ("status", "stop", "logs"):
+for _name in ("status", "stop", "logs", "report"):
     app.command(_name)(exits_cleanly(getattr(watch_commands, _name)))
 app.command("eval")(exits_cleanly(eval_command))
 app.command("export")(exits_cleanly(export_command))

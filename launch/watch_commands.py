@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,3 +69,22 @@ def logs(
     from launch.logs_command import logs_command
 
     logs_command(target, follow, rank or (), lines)
+
+
+def report(
+    target: Target,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; default: report.html in the run directory.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Samples to show.")] = 6,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Have the newest checkpoint describe samples; loads the model.")
+    ] = False,
+) -> None:
+    """Write one HTML page about a run, whole in itself: curves, time line, scores, samples, settings, versions.
+
+    Example: triptych report runs/demo/run --captions
+    """
+    from launch.report_command import report_command
+
+    report_command(target, out, samples, captions)
