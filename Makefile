@@ -1,5 +1,6 @@
 # make demo    the whole way on the embedded data set, in minutes, on a CPU
 # make test    every test but the hours-long ones      make test-fast   those that start no second process group
+# make test-slurm   those that start a two-node Slurm on this machine: root on Debian
 # make check   lint, format, types                     make docs        write the generated pages again
 # make soak    the hours-long tests                    make chaos       MINUTES=30 of random faults against one run
 PYTHON ?= python3
@@ -10,14 +11,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # DeepSpeed and torch start a thread a core in every rank; two ranks on a small machine then fight for the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast soak chaos check format docs clean
+.PHONY: demo test test-fast test-slurm soak chaos check format docs clean
 
 demo: $(VENV)/.stamp
 	$(BIN)/triptych demo --out runs/demo
 
-# Two files at a time, since most tests wait more than they compute; the cluster has the machine to itself.
+# Two files at a time, since most tests wait more than they compute. Those on Slurm are skipped, and say so.
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -m "not slurm and not soak" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
+
+# The cluster has the machine to itself. The first line installs Debian's slurm-wlm and munge where they are missing, and
+# says so; the tests bring the cluster up and take it down again.
+test-slurm: $(VENV)/.stamp
+	bash tests/slurm/local-slurm.sh install
 	$(BIN)/python -m pytest -m "slurm and not soak"
 
 # Those that start no second process group.

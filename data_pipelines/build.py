@@ -185,9 +185,9 @@ def build_dataset(
     return out
 
 
-def build_configured(wanted: BuildConfig) -> Path:
+def build_configured(wanted: BuildConfig, slurm: SlurmOptions | None = None) -> Path:
     """`build_dataset` for one entry of a config's `data.build`."""
-    return build_dataset(**{name: getattr(wanted, name) for name in type(wanted).model_fields})
+    return build_dataset(**{name: getattr(wanted, name) for name in type(wanted).model_fields}, slurm=slurm)
 
 
 def _allowed_folder(folder: str | Path) -> Path:
@@ -235,6 +235,8 @@ class _Build:
                     self._make_shards(folder, plan, progress)
                     return
                 if jobs:
+                    if self.slurm.plan_only:
+                        raise BadInput(f"{folder.path}: Slurm's jobs {' '.join(jobs)} build here; wait for them")
                     progress.say(f"{folder.path}: Slurm's jobs {' '.join(jobs)} are at work here already")
                     if self.slurm.dry_run:
                         return

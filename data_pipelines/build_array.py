@@ -62,6 +62,9 @@ def submit(
     parts = slurm.num_parts(len(tasks), options)
     work = array.ArrayWork(job, list(tasks), parts, ShardIsDone(folder.path.resolve()), finish)
     submission = slurm.submit(folder.path.resolve(), work, options, f"triptych-data-{name}")
+    if options.plan_only:
+        progress.say(f"{folder.path}: {len(tasks)} shards to build in {parts} array tasks")
+        return
     if options.dry_run:
         script = submission.folder / slurm.SCRIPT_FILE
         progress.say(script.read_text(encoding="utf-8").rstrip())

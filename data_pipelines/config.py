@@ -243,7 +243,8 @@ class RemoteConfig(Settings):
     )
     cache_dir: str | None = Field(
         None,
-        description="Folder on a disk of the node, shared by its ranks; null is ~/.cache/triptych (XDG_CACHE_HOME).",
+        description="Folder on a disk of the node, shared by its ranks; null is TRIPTYCH_CACHE_DIR, or "
+        "~/.cache/triptych (XDG_CACHE_HOME).",
     )
     max_cache_gb: float = Field(100.0, gt=0, description="The cache is never larger (1 GB = 10**9 bytes).")
     ahead_steps: PositiveInt = Field(32, description="Steps ahead of the trained one whose shards are fetched.")

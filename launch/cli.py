@@ -16,6 +16,7 @@ from launch.demo import demo_command
 from launch.errors import BAD_INPUT, exits_cleanly
 from launch.eval_commands import eval_command
 from launch.export_commands import export_command, verify_command
+from launch.submit_command import EXAMPLES, SubmitCommand, submit_command
 
 app = typer.Typer(
     name="triptych",
@@ -87,6 +88,9 @@ def train(
     from launch.train_command import train_command
 
     raise typer.Exit(train_command(config, set or (), nproc, resume, allow_change or ()))
+
+
+app.command("submit", cls=SubmitCommand, epilog=EXAMPLES)(exits_cleanly(submit_command))
 
 
 @app.command(epilog="example: triptych doctor configs/digits.yaml --json")

@@ -3,7 +3,8 @@
 `python -m launch.node ARGS` takes the arguments of `accelerate launch ARGS`, which end in `-m pretrain.train CONFIG
 [OPTIONS]`, and supervises the ranks of this node. On several nodes the job starts again as a whole, and asks first:
 `python -m launch.node --may-restart CONFIG [OPTIONS]` ends with 0 where the config's supervisor settings allow it after
-the job's last fault, and with 1 and the reason where not.
+the job's last fault, and with 1 and the reason where not. `python -m launch.node --usable-nodes MIN-MAX PER_NODE CONFIG
+[OPTIONS]` prints how many of MAX nodes to use where the job may do with fewer.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from data_pipelines.errors import BadInput
 from launch.doctor import check_before_start
 from launch.doctor.machine import check_port
 from launch.incident import Log, say
-from launch.ranks import BAD_INPUT, DONE, FAULT
+from launch.ranks import BAD_INPUT, DONE, FAULT, STOPPED_BY_FILE
 from launch.supervisor import Job, seconds_before_restart, supervise
-from launch.train_command import rank_environment
+from launch.train_command import ACCELERATE_CONFIGS, rank_environment
 from pretrain.config import Config, load_config
 
 PROGRAM = "pretrain.train"
@@ -34,12 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["--may-restart"]:
             return _may_restart(_config(words[1:]))
+        if words[:1] == ["--usable-nodes"]:
+            print(_usable_nodes(_config(words[3:]), *words[1:3]))
+            return DONE
         if PROGRAM not in words:
             raise BadInput(f"the arguments must end in -m {PROGRAM} CONFIG")
         place = words.index(PROGRAM)
         node, num_nodes, num_processes, port = _shape(words[: place - 1])
         config = _config(words[place + 1 :])
         per_node = num_processes // num_nodes
+        if not any(word.partition("=")[0] == "--config_file" for word in words[:place]):
+            # accelerate's own settings of this user must not leak in.
+            words = ["--config_file", str(ACCELERATE_CONFIGS / "multi-node.yaml"), *words]
+            place += 2
         if node == 0:
             check_before_start(config, per_node)
             if port:
@@ -56,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranks=range(node * per_node, (node + 1) * per_node),
         node=node,
         num_nodes=num_nodes,
+        stopped_by_file=STOPPED_BY_FILE,
     )
     return supervise(job, config.supervisor)
 
@@ -86,6 +95,22 @@ def _again(words: Sequence[str]) -> str:
     if "SLURM_JOB_ID" in os.environ:
         return f"sbatch slurm/pretrain.sbatch {shlex.join(words)}  (with the sbatch options of this job)"
     return f"the same command on every node: ... -m {PROGRAM} {shlex.join(words)}"
+
+
+def _usable_nodes(config: Config, bounds: str, per_node: str) -> int:
+    """The most nodes within `MIN-MAX` over whose ranks the batch divides."""
+    lowest, _, highest = bounds.partition("-")
+    batch = config.data.global_batch
+    for num_nodes in range(int(highest), int(lowest) - 1, -1):
+        ranks = num_nodes * int(per_node)
+        if batch % ranks == 0 and (batch // ranks) % (config.data.micro_batch or 1) == 0:
+            if num_nodes < int(highest):
+                say(f"{num_nodes} of {highest} nodes are used: data.global_batch {batch} does not divide by more")
+            return num_nodes
+    raise BadInput(
+        f"data.global_batch {batch} (data.micro_batch {config.data.micro_batch}) divides by no number of nodes from "
+        f"{lowest} to {highest} with {per_node} ranks each"
+    )
 
 
 def _may_restart(config: Config) -> int:

@@ -33,6 +33,8 @@ from pretrain.orphan import LAUNCHER_VARIABLE
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 DONE, FAULT, BAD_INPUT, RUN_AGAIN, ENDED = 0, 1, 2, 75, 76
+STOPPED_BY_FILE = 79
+"""What a node of a Slurm job ends with instead of 75 where a file named STOP asked: run me again, but not by itself."""
 PRIVATE_FOLDER = "triptych-"
 """What the name of a supervisor's private folder begins with."""
 ENDED_RANKS = "ended.json"

@@ -57,6 +57,8 @@ class Job:
     """Global ranks of this node."""
     node: int = 0
     num_nodes: int = 1
+    stopped_by_file: int = RUN_AGAIN
+    """Exit status when the ranks stopped because of a STOP file."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,8 @@ class _Attempt:
             return Outcome(ENDED, self._incident("launcher_died", -1, f"{died_of(-status)}; its ranks have ended too"))
         if status == RUN_AGAIN:
             say("stopped with a checkpoint; the same command goes on from there")
+            if (self._beats / STOP_FILE).exists():
+                return Outcome(self._job.stopped_by_file)
         # 130 and 143: ended by signals that somebody sent to the launcher or the ranks, before they could save.
         if status in (DONE, BAD_INPUT, RUN_AGAIN, 128 + signal.SIGINT, 128 + signal.SIGTERM):
             return Outcome(status)

@@ -40,7 +40,8 @@ _SETTINGS: dict[Kind, str] = {
         watch.max_non_finite watch.max_spikes watch.max_roll_backs
         supervisor.hang_seconds supervisor.start_seconds supervisor.max_restarts supervisor.backoff_seconds
         supervisor.owner_seconds
-        slurm.partition slurm.account slurm.job_name slurm.time
+        slurm.partition slurm.account slurm.qos slurm.constraint slurm.job_name slurm.time slurm.nodes slurm.min_nodes
+        slurm.gpus_per_node slurm.cpus_per_task slurm.mem slurm.max_requeues slurm.signal_seconds
     """,
     "mixture": "data.train data.temperature",
     "allowed": """

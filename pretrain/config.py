@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from data_pipelines.config import DataConfig, Fraction, PositiveInt, Settings
 from pretrain.config_file import dump_settings, load_settings
+from pretrain.slurm_config import SlurmConfig
 
 PRESETS = ("tiny", "base", "large")
 
@@ -186,15 +187,6 @@ class SupervisorConfig(Settings):
         gt=0,
         description="A run on another host that shows no sign of life for this long loses its run directory.",
     )
-
-
-class SlurmConfig(Settings):
-    """What a job asks for. Kept for `triptych submit`: slurm/pretrain.sbatch takes these as sbatch options today."""
-
-    partition: str | None = Field(None, description="(Reserved) Partition.")
-    account: str | None = Field(None, description="(Reserved) Account.")
-    job_name: str = Field("triptych", description="(Reserved) Name of the job.")
-    time: str = Field("24:00:00", description="(Reserved) Time limit, as sbatch takes it.")
 
 
 class Config(Settings):

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipelines.errors import BadInput
+from pretrain.accelerate_settings import FIELDS_VARIABLE
 from pretrain.config import Config
 from pretrain.model.backbones import family
 from pretrain.norm_gate import Judge, NormGate
@@ -52,8 +53,6 @@ def prepare_environment() -> None:
             MASTER_PORT=str(port),
         )
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    # accelerate refuses a DeepSpeed config of ours beside fields of its own config file; ours alone decides.
-    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -87,6 +86,8 @@ class Engine:
                 "use `accelerate launch --use_deepspeed`"
             )
         _check_device(config)
+        # accelerate refuses a DeepSpeed config of ours beside fields of its own config file, which agree by now.
+        os.environ.pop(FIELDS_VARIABLE, None)
         import deepspeed
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
         from deepspeed.utils import logger as deepspeed_logger

@@ -6,6 +6,7 @@ step what it was asked; the sum over ranks tells every rank who asked, and all o
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from pretrain.config import Config
 from pretrain.deadline import Deadline
+from pretrain.heartbeat import FOLDER_VARIABLE
 
 STOP_FILE = "STOP"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -67,6 +69,9 @@ class StopRequest:
         return total > 0
 
     def done(self) -> None:
-        """After the checkpoint: take the STOP file away, so that the next start goes on."""
+        """After the checkpoint: take the STOP file away, so that the next start goes on, and tell the supervisor."""
         if self._looks_for_file:
+            beats = os.environ.get(FOLDER_VARIABLE)
+            if beats and self._file.exists():
+                Path(beats, STOP_FILE).touch()
             self._file.unlink(missing_ok=True)

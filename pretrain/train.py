@@ -24,12 +24,14 @@ from typing import Any
 from data_pipelines.atomic import atomic_file
 from data_pipelines.errors import BadInput, printable
 from pretrain import checkpoint
+from pretrain.accelerate_settings import check_launcher, launcher_words
 from pretrain.changes import MIXTURE, Difference, check_fields, covers, spell_out
 from pretrain.config import Config, dump_config, load_config
 from pretrain.engine import Engine, accumulation_steps, global_rank, global_world_size, prepare_environment
 from pretrain.heartbeat import AFTER_VARIABLE, Pulse, answer_with_stacks
 from pretrain.orphan import end_with_launcher
 from pretrain.owner import Owner
+from pretrain.rank_log import keep_rank_log
 from pretrain.resume import TrainerState, candidate, check, check_tokenizer, reader_versions, tokenizers_of
 from pretrain.watch import LimitPassed
 
@@ -108,7 +110,7 @@ def train(
         True when the last step is done, false when stopped on purpose with a checkpoint saved.
     """
     config = load_config(config_path, overrides)
-    accumulation_steps(config, global_world_size())
+    check_launcher(config, accumulation_steps(config, global_world_size()), os.environ, launcher_words())
     if global_rank():
         return _train(config, resume, allow_change, pulse, None)
     say = functools.partial(print, file=sys.stderr, flush=True)
@@ -142,7 +144,8 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
     from pretrain.trainer import Trainer
 
     engine = Engine(config)
-    engine.barrier()
+    # Also a barrier: rank 0 owns the run directory by now.
+    keep_rank_log(run_dir, engine.rank, engine.gather_objects(starts_so_far(run_dir) + 1)[0])
     try:
         check_same_environment(engine, versions())
         start, passed = find_start(run_dir, resume, engine)
@@ -202,6 +205,14 @@ def _train(config: Config, resume: str, allow_change: Sequence[str], pulse: Puls
         engine.close()
 
 
+def starts_so_far(run_dir: Path) -> int:
+    """How often this run has started."""
+    try:
+        return int(json.loads((run_dir / "run.json").read_text())["restarts"]) + 1
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
 def changed_settings(start: Path | None, config: Any, allow_change: Sequence[str]) -> list[Difference]:
     """What differs from a checkpoint's config, said by rank 0 before anything starts.
 
@@ -255,7 +266,8 @@ def write_run_files(
     else:
         run["restarts"] += 1
     run["world_sizes"].append(engine.world_size)
-    start = {"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)}
+    start: dict[str, Any] = {"time": time.time(), "step": step, "host": platform.node(), "device": str(engine.device)}
+    start |= {"job_id": os.environ.get("SLURM_JOB_ID"), "requeues": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
     run["starts"].append(start | {"after": os.environ.get(AFTER_VARIABLE) or None})
     run["versions"] = versions()
     kept = run.setdefault("changes", [])

@@ -27,8 +27,12 @@ KINDS = ("distributed", "slurm", "soak")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # A cluster of its own, as root, is nothing to start unasked.
+    unasked = config.getoption("markexpr").strip() in ("", "not soak")
     for item in items:
+        if unasked and item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.skip(reason="starts a Slurm cluster on this machine: make test-slurm"))
         if not any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker(pytest.mark.fast)
 

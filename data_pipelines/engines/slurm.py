@@ -60,6 +60,8 @@ class SlurmOptions:
     sbatch: Mapping[str, str] = field(default_factory=dict)
     wait: bool = True
     dry_run: bool = False
+    plan_only: bool = False
+    """Leave the jobs to somebody else, who submits slurm/build_shards.sbatch; needs no datatrove."""
 
     def check(self) -> None:
         """Raise `BadInput` for what no cluster could take."""
@@ -174,7 +176,8 @@ def submit(folder: Path, work: ArrayWork, options: SlurmOptions, job_name: str) 
 
     With `dry_run` only the job script is written. Raises `BadInput` with what sbatch said when it refuses.
     """
-    check_client(options)
+    if not options.plan_only:
+        check_client(options)
     if '"' in str(folder) or not str(folder).isprintable() or "%" in str(folder) or "\\" in str(folder):
         raise BadInput(f"{folder}: sbatch cannot take quotes, '%', '\\' and control characters in --out")
     submissions = folder / SUBMISSIONS
@@ -184,6 +187,8 @@ def submit(folder: Path, work: ArrayWork, options: SlurmOptions, job_name: str) 
     place = submissions / f"{0 if last is None else int(last.name) + 1:03d}"
     place.mkdir()
     work.save(place)
+    if options.plan_only:
+        return Submission(place, [], [], 1)
     (place / "datatrove").mkdir()
     (place / LOGS).mkdir()
     python = os.environ.get("TRIPTYCH_PYTHON")

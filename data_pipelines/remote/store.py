@@ -60,6 +60,8 @@ def cache_folder(settings: RemoteConfig) -> Path:
     """Where the cache lies."""
     if settings.cache_dir is not None:
         return Path(settings.cache_dir)
+    if os.environ.get("TRIPTYCH_CACHE_DIR"):
+        return Path(os.environ["TRIPTYCH_CACHE_DIR"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych"
 
 

@@ -5,17 +5,74 @@ Needs root, for network and process namespaces, and apt, which installs Debian's
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.small_run import config_text, small_dataset
+
 SCRIPT = Path(__file__).with_name("local-slurm.sh")
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+
+
+def with_python(folder: Path) -> Path:
+    """Give a folder a `python` that finds this checkout, installed or not."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return folder
+
+
+def whole_run(folder: Path, stage: int = 2) -> Path:
+    """Write `config.yaml` of a run of `STEPS` steps into `folder/run`, and its data; returns the config."""
+    small_dataset(folder / "train", "small-train", range(32))
+    text = config_text(folder / "run", folder / "train", folder / "train", stage)
+    # No evaluation, and steps enough that something can come in between.
+    text = text.replace(f"  eval: {folder / 'train'}\n", "").replace("max_steps: 4", f"max_steps: {STEPS}")
+    path = folder / "config.yaml"
+    path.write_text(
+        text.replace("every_steps: 2", "every_steps: 10").replace("learning_rate: 0.002", "learning_rate: 1e-3")
+    )
+    return path
+
+
+def losses(run: Path) -> list[float]:
+    """The losses of a run, which has each of its steps once."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [float(line["loss"]) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def losses_here(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[float]]:
+    """ZeRO stage -> losses of `whole_run` on this machine with two processes."""
+
+    @functools.cache
+    def train(stage: int) -> list[float]:
+        folder = tmp_path_factory.mktemp(f"here-{stage}")
+        config = whole_run(folder, stage)
+        two = ["--config_file", str(ROOT / "launch/accelerate/cpu-2.yaml"), "--main_process_port", "0"]
+        subprocess.run(
+            [sys.executable, "-m", "launch.ranks", *two, "-m", "pretrain.train", str(config)],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            check=True,
+            capture_output=True,
+            timeout=400,
+        )
+        return losses(folder / "run")
+
+    return train
 
 
 @dataclass(frozen=True)
@@ -38,6 +95,13 @@ class Cluster:
         done = self.run("sbatch", "--parsable", *arguments, cwd=cwd, **extra)
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
+
+    def triptych(
+        self, *arguments: str, cwd: Path, timeout: float = 180, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
+        """The `triptych` command on the login machine."""
+        program = [sys.executable, "-c", "from launch.cli import main; main()"]
+        return self.run(*program, *arguments, cwd=cwd, timeout=timeout, PYTHONPATH=str(ROOT), **extra)
 
     def job(self, number: int) -> dict[str, str]:
         text = self.run("scontrol", "--oneliner", "show", "job", str(number), cwd=Path("/")).stdout

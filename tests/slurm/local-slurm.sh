@@ -1,6 +1,7 @@
 #!/bin/bash
 # local-slurm.sh - a real Slurm cluster (1 login/controller + N compute nodes) on ONE Debian 12 host.
 # Part of this project: the tests start it, and a person may. It needs nothing else of the repository.
+#   install                  install Debian's packages where they are missing, and nothing else
 #   up                       install packages if missing, (re)start whatever is not running, wait for idle
 #   down                     kill everything this script started (nothing else); keeps logs
 #   purge                    down + rm -rf the state dir
@@ -334,7 +335,8 @@ cmd_killd() { load_mode; slay "slurmd-$1" KILL; }
 
 c=${1:-}; [ $# -gt 0 ] && shift
 case $c in
+  install) mkdir -p "$STATE/log"; install_pkgs ;;
   up) cmd_up ;; down) cmd_down ;; purge) cmd_down; case $STATE in /|"") ;; *) rm -rf "$STATE" ;; esac ;;
   status) cmd_status ;; exec) cmd_exec "$@" ;; crash) cmd_crash "$1" ;; killd) cmd_killd "$1" ;;
-  *) sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
+  *) sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; exit 2 ;;
 esac

@@ -7,16 +7,13 @@ seconds; the last test is a whole run.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.slurm.conftest import Cluster
-from tests.small_run import config_text, small_dataset
+from tests.slurm.conftest import STEPS, Cluster, losses, whole_run, with_python
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = str(ROOT / "slurm" / "pretrain.sbatch")
@@ -70,14 +67,6 @@ def submit_folder(tmp_path: Path) -> Path:
         )
     (tmp_path / "marks").mkdir()
     return with_python(tmp_path)
-
-
-def with_python(folder: Path) -> Path:
-    """Give a folder a `python` that finds this checkout, installed or not."""
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    return folder
 
 
 def submit(cluster: Cluster, folder: Path, options: list[str], *arguments: str) -> int:
@@ -175,36 +164,23 @@ def test_a_rank_that_hangs_is_named_on_both_nodes_and_the_job_starts_again(
     assert "restart 1 of 1" in text and "back into the queue" in text
 
 
-def test_a_whole_run_on_two_nodes_goes_on_after_a_requeue(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_whole_run_on_two_nodes_goes_on_after_a_requeue(
+    cluster: Cluster, tmp_path: Path, losses_here: Callable[[int], list[float]]
+) -> None:
     folder = with_python(tmp_path)
-    small_dataset(folder / "train", "small-train", range(32))
-    text = config_text(folder / "run", folder / "train", folder / "train", 2)
-    # No evaluation, and steps enough that the signal comes in between.
-    text = text.replace(f"  eval: {folder / 'train'}\n", "").replace("max_steps: 4", "max_steps: 60")
-    (folder / "config.yaml").write_text(text.replace("every_steps: 2", "every_steps: 500"))
-
+    whole_run(folder)
     job = submit(cluster, folder, [], "config.yaml", "--set", "train.learning_rate=1e-3")
-    metrics = folder / "run" / "metrics.jsonl"
-    wait_for(cluster, job, metrics, seconds=180)
+    wait_for(cluster, job, folder / "run" / "metrics.jsonl", seconds=180)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job), cwd=folder)
     done = cluster.wait(job, "COMPLETED", seconds=240)
 
     assert done["Restarts"] == "1", log(folder, job)
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 61))
-    (manifest,) = (folder / "run" / "checkpoints").glob("step-00000060/MANIFEST.json")
+    (manifest,) = (folder / "run" / "checkpoints").glob(f"step-{STEPS:08d}/MANIFEST.json")
     assert json.loads(manifest.read_text())["world_size"] == 2
     run = json.loads((folder / "run" / "run.json").read_text())
     assert run["restarts"] == 1 and run["world_sizes"] == [2, 2]
     assert {start["host"] for start in run["starts"]} <= {"node1", "node2"}
-
-    two = ["--config_file", str(ROOT / "launch/accelerate/cpu-2.yaml"), "-m", "pretrain.train", "config.yaml"]
-    settings = ["--set", "train.learning_rate=1e-3", "--set", f"run.dir={folder / 'here'}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "launch.ranks", *two, *settings]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
-    here = [json.loads(line)["loss"] for line in (folder / "here" / "metrics.jsonl").read_text().splitlines()]
-    there = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
-    assert there == pytest.approx(here, rel=1e-5)
+    assert losses(folder / "run") == pytest.approx(losses_here(2), rel=1e-5)
 
 
 def wait_for(cluster: Cluster | None, job: int, path: Path, seconds: float = 90) -> None:
