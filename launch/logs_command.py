@@ -1,4 +1,7 @@
-"""`triptych logs`: what a run has said: its ranks, its supervisors, its Slurm job."""
+"""`triptych logs`: what a run has said: its ranks, its supervisors, its Slurm job.
+
+Lines of ranks and supervisors begin with the time of day, so several logs are put together in the order of time.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from launch.status.run_files import RunFiles, read_run
 from launch.status.snapshot import Looker
 from launch.status.target import run_directory
 
+_STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
+_STAMP = 19
 _RANK_LOG = re.compile(r"rank-0*(\d+)\.log")
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_STATES = 3.0
@@ -86,53 +91,50 @@ def logs_command(target: str, follow: bool = False, ranks: Sequence[int] = (), l
         BadInput: there is no such run or log.
     """
     path = run_directory(target)
-    logs = _logs(read_run(path), ranks)
+    job = target if target != str(path) and slurm.is_job_id(target) else None
+    logs = _logs(read_run(path), ranks, job)
     if not logs and not follow:
         there = sorted(_rank_logs(path))
         which = f"; there are those of rank {_ranges(there)}" if there and ranks else ""
         of = f"of rank {', '.join(map(str, ranks))} " if ranks else ""
         raise BadInput(f"{path}: no log {of}in {path / 'logs'}{which}")
     try:
-        several = len(logs) > 1
-        for log in logs:
-            _print(log, log.last(lines), several)
+        _print([(log, log.last(lines)) for log in logs])
         if follow:
-            _follow(path, logs, ranks)
+            _follow(path, logs, ranks, job)
     except KeyboardInterrupt:
         return
 
 
-def _follow(path: Path, logs: list[Log], ranks: Sequence[int]) -> None:
+def _follow(path: Path, logs: list[Log], ranks: Sequence[int], job: str | None) -> None:
     looker = Looker(path)
     known, looked, ended = {log.path for log in logs}, 0.0, False
     while True:
-        several = len(logs) > 1
-        for log in logs:
-            _print(log, log.new(), several)
+        _print([(log, log.new()) for log in logs])
         if ended:
-            for log in logs:
-                _print(log, log.rest(), several)
+            _print([(log, log.rest()) for log in logs])
             return
         if time.monotonic() - looked >= _SECONDS_BETWEEN_STATES:
             looked = time.monotonic()
             snapshot = looker.look()
             # One more round then, for what was written meanwhile.
             ended = not snapshot.state.live and snapshot.state.word != "queued"
-            for log in _logs(snapshot.run, ranks):
+            for log in _logs(snapshot.run, ranks, job):
                 if log.path not in known:
                     known.add(log.path)
                     logs.append(log)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def _logs(run: RunFiles, ranks: Sequence[int]) -> list[Log]:
+def _logs(run: RunFiles, ranks: Sequence[int], job: str | None) -> list[Log]:
     of_rank = _rank_logs(run.path)
     if ranks:
         return [Log(f"rank {rank}", of_rank[rank]) for rank in ranks if rank in of_rank]
-    found = list(_job_logs(run))
-    if not found and of_rank:
-        first = min(of_rank)
-        found.append(Log(f"rank {first}", of_rank[first]))
+    of_job = next(_job_logs(run, [job] if job else run.training_job_ids), None)
+    if of_job is not None:
+        # Its ranks and supervisors say everything there.
+        return [of_job]
+    found = [Log(f"rank {min(of_rank)}", of_rank[min(of_rank)])] if of_rank else []
     supervisor = run.path / "logs" / "supervisor.jsonl"
     return [*found, *([Log("supervisor", supervisor, supervisor=True)] if supervisor.is_file() else [])]
 
@@ -145,14 +147,14 @@ def _rank_logs(path: Path) -> dict[int, Path]:
     return {int(match[1]): file for match, file in names}
 
 
-def _job_logs(run: RunFiles) -> Iterator[Log]:
-    """Of the newest job that has a log: where job.json says, or Slurm does while it knows the job."""
-    said = {str(job.get("id")): job.get("log") for job in run.jobs}
-    for job in reversed(run.job_ids):
-        place = said.get(job) or slurm.output_of(job)
-        if isinstance(place, str) and Path(place).is_file():
+def _job_logs(run: RunFiles, jobs: Sequence[str]) -> Iterator[Log]:
+    """Of these jobs, newest first: where `triptych submit` has them, or where Slurm says while it knows the job."""
+    for job in reversed(jobs):
+        number = job.partition("_")[0]
+        there = sorted((run.path / "logs").glob(f"*-{number}.log"))
+        place = there[0] if there else slurm.output_of(job)
+        if place is not None and Path(place).is_file():
             yield Log(f"job {job}", Path(place))
-            return
 
 
 def _story(line: str) -> str:
@@ -174,9 +176,18 @@ def _story(line: str) -> str:
     return printable(f"{clock} {entry.get('host', '')}: {text}")
 
 
-def _print(log: Log, lines: Sequence[str], several: bool) -> None:
-    for line in lines:
-        print(f"{log.name} | {line}" if several else line)
+def _print(said: Sequence[tuple[Log, Sequence[str]]]) -> None:
+    """Print lines of several logs; those that begin with a time, and what follows them, in the order of time."""
+    several = len(said) > 1
+    lines: list[tuple[str, int, str]] = []
+    for place, (log, new) in enumerate(said):
+        stamp = ""
+        for line in new:
+            stamp = line[:_STAMP] if _STAMPED.match(line) else stamp
+            lines.append((stamp, place, f"{log.name} | {line}" if several else line))
+    # The sort is stable: lines of one log that have the same time, or none, stay as they are.
+    for _, _, line in sorted(lines, key=lambda each: each[0]):
+        print(line)
     if lines:
         sys.stdout.flush()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from launch.ranks import DONE, RUN_AGAIN, STOPPED_BY_FILE
 from launch.status.run_files import Incident, RunFiles
 
 Kind = Literal["start", "stop", "fault", "numbers", "checkpoint", "no checkpoint", "evaluation"]
@@ -50,8 +51,8 @@ def _starts(run: RunFiles) -> Iterator[Event]:
 def _ends(run: RunFiles) -> Iterator[Event]:
     for line in run.supervisor:
         status, when = line.get("status"), float(line.get("time", 0))
-        if line.get("event") == "end" and status in (0, 75):
-            text = "done" if status == 0 else "stopped on purpose, with a checkpoint"
+        if line.get("event") == "end" and status in (DONE, RUN_AGAIN, STOPPED_BY_FILE):
+            text = "done" if status == DONE else "stopped on purpose, with a checkpoint"
             yield Event(when, "stop", 0, text)
         elif line.get("event") == "gave up":
             yield Event(when, "stop", 0, f"not started again: {line.get('why')}")

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pretrain.owner import OWNER_FILE, Record, is_gone, read_owner
 from pretrain.stopping import STOP_FILE
 
 JOBS_FILE = "job.json"
-"""What `triptych submit` leaves: `{"jobs": [{"id", "name", "kind", "submitted"}]}`."""
+"""What `triptych submit` leaves: `{"jobs": [{"id", "name", "kind", "submitted", "script"}]}`."""
 _MARKS = ("run.json", OWNER_FILE, JOBS_FILE, "checkpoints", "metrics.jsonl")
 _INCIDENT = re.compile(r"incident-\d{8}[T-]\d{6}-(?P<kind>[a-z_]+)-(?:step-)?\d+\.json")
 _NUMBERS = ("loss_not_finite", "gradient_not_finite", "loss_spike", "gradient_spike")
@@ -111,6 +111,12 @@ class RunFiles:
             found.append(self.owner.job_id)
         return list(dict.fromkeys(each for each in found if each))
 
+    @property
+    def training_job_ids(self) -> list[str]:
+        """The same, without the jobs that build, evaluate or export."""
+        others = {str(job.get("id")) for job in self.jobs if job.get("kind") not in (None, "pretrain")}
+        return [each for each in self.job_ids if each not in others]
+
     def supervisor_is_alive(self) -> bool | None:
         """Whether the supervisor of the last line is there; None where that cannot be seen from here."""
         if not self.supervisor or self.supervisor[-1].get("host") != os.uname().nodename:
@@ -145,16 +151,17 @@ def read_run(path: Path, num_incidents: int = 12) -> RunFiles:
         raise BadInput(f"{path}: not a run directory (no config.yaml with run.json or checkpoints/ beside it)")
     owner = read_owner(path)
     found = _incident_files(path)
+    jobs = [job for job in _object(path / JOBS_FILE).get("jobs", []) if isinstance(job, dict)]
     return RunFiles(
         path=path,
-        config=_config(path),
+        config=_config(path, jobs),
         run=_object(path / "run.json"),
         owner=owner,
         owner_gone=is_gone(owner) if owner is not None else None,
         supervisor=list(_lines(path / "logs" / "supervisor.jsonl")),
         saves=list(_lines(path / "checkpoints.jsonl")),
         checkpoints=[(step, _written(folder)) for step, folder in directories(path)],
-        jobs=[job for job in _object(path / JOBS_FILE).get("jobs", []) if isinstance(job, dict)],
+        jobs=jobs,
         num_incidents=len(found),
         incidents=sorted(filter(None, map(_incident, found[-num_incidents:])), key=lambda each: each.time),
         results=_object(path / "eval" / "results.json") or None,
@@ -196,9 +203,13 @@ def _last_written(path: Path) -> float:
     return max((_modified(path / name) for name in ("metrics.jsonl", "run.json", OWNER_FILE, JOBS_FILE)), default=0.0)
 
 
-def _config(path: Path) -> Config | None:
-    file = path / "config.yaml"
-    return _config_of(file, _modified(file))
+def _config(path: Path, jobs: Sequence[dict[str, Any]]) -> Config | None:
+    """The run's own, or before it has begun the one that was submitted, which lies beside the job's script."""
+    scripts = [Path(job["script"]) for job in reversed(jobs) if isinstance(job.get("script"), str)]
+    for file in (path / "config.yaml", *(script.with_name("config.yaml") for script in scripts[:1])):
+        if file.is_file():
+            return _config_of(file, _modified(file))
+    return None
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from launch.ranks import BAD_INPUT, DONE, ENDED, FAULT, RUN_AGAIN
+from launch.ranks import BAD_INPUT, DONE, ENDED, FAULT, RUN_AGAIN, STOPPED_BY_FILE
 from launch.status.metrics import Metrics, Record, number
 from launch.status.run_files import RunFiles, span
 from launch.status.slurm import Job
@@ -105,7 +105,7 @@ def _ended(run: RunFiles, step: int, finished: bool, job: Job | None, now: float
                 when = f" in {span(due - now)}" if due > now else ""
                 return State("restarting", f"restart {waiting.get('number')}{when}, after: {_fault(run)}")
         status = end.get("status")
-        if status == RUN_AGAIN:
+        if status in (RUN_AGAIN, STOPPED_BY_FILE):
             return State("stopped", f"at step {step}, with a checkpoint; the same command goes on from there")
         if status in (FAULT, ENDED):
             return State("failed", f"{_fault(run)} (status {status})")
