@@ -74,7 +74,8 @@ def chart(
     top_shown = max(float(np.quantile(high, _SHOWN_QUANTILE)), float(smooth.max()))
     # A cut is worth it only where what lies above would squeeze the rest into less than half of the height.
     bottom_value = 0.0 if zero and not in_log else float(low.min())
-    top_value = top_shown if float(high.max()) - bottom_value > 2 * (top_shown - bottom_value) else float(high.max())
+    reach = bottom_value + 2 * (top_shown - bottom_value)
+    top_value = float(high[high <= reach].max()) if float(high.max()) > reach else float(high.max())
     above = int((high > top_value).sum())
     ticks = log_ticks(bottom_value, top_value) if in_log else nice_ticks(bottom_value, top_value)
     bottom, top = min(ticks[0], bottom_value), max(ticks[-1], top_value)
