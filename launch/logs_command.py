@@ -29,7 +29,7 @@ _PIECE_BYTES = 1 << 16
 
 
 class Log:
-    """A file that is appended to, read from its last lines on."""
+    """A file that is appended to, read from its last lines on; `name` stands before its lines, if there is one."""
 
     def __init__(self, name: str, path: Path, supervisor: bool = False) -> None:
         self.name, self.path = name, path
@@ -129,7 +129,7 @@ def _follow(path: Path, logs: list[Log], ranks: Sequence[int], job: str | None) 
 def _logs(run: RunFiles, ranks: Sequence[int], job: str | None) -> list[Log]:
     of_rank = _rank_logs(run.path)
     if ranks:
-        return [Log(f"rank {rank}", of_rank[rank]) for rank in ranks if rank in of_rank]
+        return [Log(f"rank {rank}" * (len(ranks) > 1), of_rank[rank]) for rank in ranks if rank in of_rank]
     of_job = next(_job_logs(run, [job] if job else run.training_job_ids), None)
     if of_job is not None:
         # Its ranks and supervisors say everything there.
@@ -154,7 +154,7 @@ def _job_logs(run: RunFiles, jobs: Sequence[str]) -> Iterator[Log]:
         there = sorted((run.path / "logs").glob(f"*-{number}.log"))
         place = there[0] if there else slurm.output_of(job)
         if place is not None and Path(place).is_file():
-            yield Log(f"job {job}", Path(place))
+            yield Log("", Path(place))
 
 
 def _story(line: str) -> str:
@@ -178,13 +178,12 @@ def _story(line: str) -> str:
 
 def _print(said: Sequence[tuple[Log, Sequence[str]]]) -> None:
     """Print lines of several logs; those that begin with a time, and what follows them, in the order of time."""
-    several = len(said) > 1
     lines: list[tuple[str, int, str]] = []
     for place, (log, new) in enumerate(said):
         stamp = ""
         for line in new:
             stamp = line[:_STAMP] if _STAMPED.match(line) else stamp
-            lines.append((stamp, place, f"{log.name} | {line}" if several else line))
+            lines.append((stamp, place, f"{log.name} | {line}" if log.name else line))
     # The sort is stable: lines of one log that have the same time, or none, stay as they are.
     for _, _, line in sorted(lines, key=lambda each: each[0]):
         print(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import sys
@@ -31,6 +32,8 @@ from launch.status.tables import COLOURS, PARTS, Curve, badge, bar, details, end
 _WIDE = 96
 _SECONDS_BETWEEN_KEYS = 0.2
 _STILL_SECONDS = 5.0
+# As in the report: a loss that fell by more than this is shown on a logarithmic scale.
+_LOG_RATIO = 8.0
 _MARKS = {
     "start": ("▶", "green"),
     "stop": ("■", "yellow"),
@@ -203,7 +206,7 @@ def _losses(snapshot: Snapshot, height: int) -> RenderableType:
     records = snapshot.metrics.overview
     names = [("loss", "loss"), *((f"loss_{name}", name) for name in PARTS)]
     title = f"losses, over {snapshot.progress.step:,} steps"
-    return _curves(records, names, title, {"loss": height}, lambda value: f"{value:.4f}")
+    return _curves(records, names, title, {"loss": height}, lambda value: f"{value:.4f}", logarithmic=True)
 
 
 def _speed(snapshot: Snapshot, height: int) -> RenderableType:
@@ -229,6 +232,7 @@ def _curves(
     heights: dict[str, int],
     text: Any,
     floors: dict[str, float] | None = None,
+    logarithmic: bool = False,
 ) -> RenderableType:
     table = Table.grid(expand=True, padding=(0, 1))
     table.add_column(no_wrap=True)
@@ -239,6 +243,9 @@ def _curves(
         known = [value for value in given if value is not None]
         if not known:
             continue
+        if logarithmic and min(known) > 0 and max(known) > _LOG_RATIO * min(known):
+            given = [None if value is None else math.log(value) for value in given]
+            title += ", log scale" * ("log scale" not in title)
         height = heights.get(field, 1)
         latest = sum(known[-10:]) / len(known[-10:])
         shown = f"{latest:.0%}" if field == "data_wait_fraction" else text(latest)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launch.ranks import BAD_INPUT, DONE, ENDED, FAULT, RUN_AGAIN, STOPPED_BY_FILE
-from launch.status.metrics import Metrics, Record, number
+from launch.status.metrics import Metrics, number
+from launch.status.metrics import Record as MetricsLine
 from launch.status.run_files import RunFiles, span
 from launch.status.slurm import Job
+from pretrain.owner import Record
 
 Word = Literal[
     "new", "queued", "starting", "training", "stopping", "restarting", "silent", "done", "stopped", "failed", "killed"
@@ -19,6 +21,7 @@ Word = Literal[
 LIVE: tuple[Word, ...] = ("starting", "training", "stopping", "restarting", "silent")
 _BEATS_OF_SILENCE = 3
 _STEPS_OF_SPEED = 200
+_SECONDS_TO_SAY_WHY = 15.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Progress:
         return min(1.0, self.step / self.max_steps) if self.max_steps else None
 
 
-def judge(run: RunFiles, last: Record | None, jobs: Sequence[Job] = (), now: float | None = None) -> State:
+def judge(run: RunFiles, last: MetricsLine | None, jobs: Sequence[Job] = (), now: float | None = None) -> State:
     """The state of a run.
 
     Args:
@@ -75,10 +78,10 @@ def judge(run: RunFiles, last: Record | None, jobs: Sequence[Job] = (), now: flo
     if job is not None and job.waits:
         begun = f"; it has come to step {step}" if step else ""
         return State("queued", f"job {job.id}: {waiting_for(job)}{begun}")
-    return _ended(run, step, finished, job, now)
+    return _ended(run, last, finished, job, now)
 
 
-def _owned(run: RunFiles, last: Record | None, step: int, now: float) -> State:
+def _owned(run: RunFiles, last: MetricsLine | None, step: int, now: float) -> State:
     owner = run.owner
     assert owner is not None
     silence = now - owner.heartbeat
@@ -88,13 +91,32 @@ def _owned(run: RunFiles, last: Record | None, step: int, now: float) -> State:
     before = f"to go on from step {run.starts[-1].get('step', 0)}" if run.starts and len(run.starts) > 1 else ""
     if run.stop_asked:
         return State("stopping", "asked to, by a file named STOP; the checkpoint comes first")
-    # run.json gets its line when model and checkpoint are loaded, the owner's is older than that.
-    if not run.starts or (last is not None and 0 < float(last.get("time", now)) < started) or (not step):
+    # run.json gets its line when model and checkpoint are loaded; the owner's is older than that.
+    loading = not run.starts or _taken(owner) > started + 1
+    if loading or not step or (last is not None and 0 < float(last.get("time", now)) < started):
         return State("starting", before)
     return State("training")
 
 
-def _ended(run: RunFiles, step: int, finished: bool, job: Job | None, now: float) -> State:
+def _taken(owner: Record) -> float:
+    """When the owner took the run directory, in seconds since 1970; 0 where it wrote that in another time zone."""
+    try:
+        clock, zone = owner.since.rsplit(" ", 1)
+        return time.mktime(time.strptime(clock, "%Y-%m-%d %H:%M:%S")) if zone == time.strftime("%Z") else 0.0
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def _only_just(run: RunFiles, last: MetricsLine | None, now: float) -> bool:
+    """Whether the last step is so recent that a supervisor may be about to say what ended it."""
+    if last is None or run.owner is not None:
+        return False
+    seconds = number(last.get("step_seconds")) or 0.0
+    return now - float(last.get("time", 0.0)) < _SECONDS_TO_SAY_WHY + 2 * seconds
+
+
+def _ended(run: RunFiles, last: MetricsLine | None, finished: bool, job: Job | None, now: float) -> State:
+    step = int(last["step"]) if last else 0
     end = next((line for line in reversed(run.supervisor) if line.get("event") in ("end", "fault")), None)
     started = max((float(start.get("time", 0)) for start in run.starts), default=0.0)
     if end is not None and float(end.get("time", 0)) >= started:
@@ -122,6 +144,8 @@ def _ended(run: RunFiles, step: int, finished: bool, job: Job | None, now: float
         return State("failed", f"job {job.id} failed with {job.exit_code or 'no status'}: see the log")
     if not run.starts:
         return State("new", "nothing has started yet")
+    if _only_just(run, last, now):
+        return State("stopping", "the ranks have ended, and nobody has said why yet")
     if run.supervisor_sees_to_it():
         return State("restarting", "a rank has ended, and the supervisor sees to it")
     if run.owner is not None:
@@ -198,7 +222,7 @@ def _fault(run: RunFiles) -> str:
     return str(line.get("text") or "a fault; see the log")
 
 
-def _seconds_a_step(records: Sequence[Record]) -> float | None:
+def _seconds_a_step(records: Sequence[MetricsLine]) -> float | None:
     if len(records) >= 2 and all(number(record.get("time")) for record in (records[0], records[-1])):
         steps = int(records[-1]["step"]) - int(records[0]["step"])
         passed = float(records[-1]["time"]) - float(records[0]["time"])

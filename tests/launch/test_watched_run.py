@@ -39,6 +39,7 @@ class Story:
     listed: list[dict[str, Any]]
     first_screen: str | None
     later_screen: str | None
+    narrow_screen: str | None
     after_q: str | None
     after_kill: dict[str, Any]
     stop: subprocess.CompletedProcess[str]
@@ -66,8 +67,11 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         with terminal(folder, run.run_dir) as screen, following(run.run_dir, folder / "follow.txt") as follower:
             run.wait_for_step(9, 200)
             training, listed = status(run.run_dir), status(None, folder)
-            first = wait_for_screen(screen, "training", "step 9|step [1-9][0-9]")
+            first = wait_for_screen(screen, "training", "step 9|step [1-9][0-9]", lambda text: is_whole(text, WIDTH))
             later = wait_for_screen(screen, lambda text: steps_on(text) > steps_on(first or ""))
+            if screen is not None:
+                screen("resize-window", "-x", "80", "-y", str(HEIGHT))
+            narrow = wait_for_screen(screen, lambda text: is_whole(text, 80))
             before = run.ranks()
             before[1].send_signal(signal.SIGKILL)
             states = []
@@ -97,6 +101,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             listed,
             first,
             later,
+            narrow,
             left,
             after,
             stop,
@@ -123,7 +128,9 @@ def terminal(folder: Path, run: Path) -> Iterator[Screen | None]:
     socket = folder / "tmux"
 
     def command(*words: str) -> str:
-        done = subprocess.run([tmux, "-S", str(socket), *words], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            [tmux, "-f", "/dev/null", "-S", str(socket), *words], capture_output=True, text=True, timeout=20
+        )
         return done.stdout
 
     while not (run / "config.yaml").exists():
@@ -170,6 +177,12 @@ def wait_for_screen(screen: Screen | None, *wanted: str | Callable[[str], bool],
             return text
         time.sleep(0.2)
     raise AssertionError(f"never came: {wanted}\n{text}")
+
+
+def is_whole(text: str, width: int) -> bool:
+    """Whether the dashboard fills a terminal of this width, from its first to its last line."""
+    lines = text.splitlines()
+    return len(lines) == HEIGHT and len(lines[0]) == len(lines[-1]) == width and lines[0][0] + lines[-1][0] == "╭╰"
 
 
 def steps_on(text: str) -> int:
@@ -219,9 +232,9 @@ def test_the_dashboard_in_a_real_terminal(story: Story) -> None:
     ):
         assert word in screen, word
     assert any(bar in screen for bar in "▂▃▄▅▆▇█")
-    lines = screen.splitlines()
-    assert len(lines) == HEIGHT and all(len(line) <= WIDTH for line in lines)
-    assert lines[0].startswith("╭") and lines[-1].startswith("╰"), "the boxes do not fit the terminal"
+    assert all(len(line) == WIDTH for line in screen.splitlines())
+    assert story.narrow_screen is not None and "losses, over" in story.narrow_screen
+    assert "speed, over" in screen and "speed, over" not in story.narrow_screen, "80 columns have no room for it"
     assert steps_on(story.later_screen) > steps_on(screen)
     # The terminal has its own screen back, with the last facts on it.
     assert "left with 0" in story.after_q and "╭" not in story.after_q and "incidents" in story.after_q
