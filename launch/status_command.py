@@ -14,7 +14,7 @@ from launch.status.snapshot import Looker, Snapshot
 from launch.status.target import run_directory
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import RenderableType
 
 _PIPE_WIDTH = 160
 
@@ -40,7 +40,7 @@ def status_command(target: str | None, watch: bool = False, every_seconds: float
         if as_json:
             print_json([each.as_json() for each in found])
         elif found:
-            _console().print(tables.overview(found))
+            _print(tables.overview(found))
         else:
             say(f"no run below {Path.cwd()}; give a run directory, a config or a job's number")
         return
@@ -56,7 +56,7 @@ def status_command(target: str | None, watch: bool = False, every_seconds: float
     elif as_json:
         print_json(looker.look().as_json())
     else:
-        _console().print(tables.details(looker.look()))
+        _print(tables.details(looker.look()))
 
 
 def _lines(looker: Looker, every_seconds: float) -> None:
@@ -70,7 +70,14 @@ def _lines(looker: Looker, every_seconds: float) -> None:
         time.sleep(every_seconds)
 
 
-def _console() -> Console:
+def _print(shown: RenderableType) -> None:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(shown)
+        return
+    console = Console(width=_PIPE_WIDTH, highlight=False)
+    with console.capture() as captured:
+        console.print(shown)
+    # rich fills lines up to the width of the table.
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import select
 import sys
@@ -12,7 +11,6 @@ import threading
 import time
 import tty
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -27,13 +25,11 @@ from launch.status.events import Event, events
 from launch.status.metrics import Record, number, values
 from launch.status.run_files import RankBeat, span
 from launch.status.snapshot import Looker, Snapshot
-from launch.status.tables import COLOURS, PARTS, Curve, badge, bar, details, ending, facts, steps
+from launch.status.tables import COLOURS, PARTS, Curve, badge, bar, details, ending, facts, for_the_eye, rate, steps
 
 _WIDE = 96
 _SECONDS_BETWEEN_KEYS = 0.2
 _STILL_SECONDS = 5.0
-# As in the report: a loss that fell by more than this is shown on a logarithmic scale.
-_LOG_RATIO = 8.0
 _MARKS = {
     "start": ("▶", "green"),
     "stop": ("■", "yellow"),
@@ -58,7 +54,7 @@ class Dashboard:
         curves, below = Layout(name="curves"), Layout(name="below")
         wide = width >= _WIDE
         # Two columns have the curves of losses and of speed side by side, one has them one below the other.
-        tall = max(1, min(10, height - 26)) if wide else 1
+        tall = max(1, min(7, height - 26)) if wide else 1
         losses, speed = _losses(snapshot, tall + 1), _speed(snapshot, tall)
         rows = tall + 7
         about = Panel(self._facts(snapshot), title="run", title_align="left", border_style=_BORDER)
@@ -243,8 +239,8 @@ def _curves(
         known = [value for value in given if value is not None]
         if not known:
             continue
-        if logarithmic and min(known) > 0 and max(known) > _LOG_RATIO * min(known):
-            given = [None if value is None else math.log(value) for value in given]
+        if logarithmic and (drawn := for_the_eye(given)) is not given:
+            given = drawn
             title += ", log scale" * ("log scale" not in title)
         height = heights.get(field, 1)
         latest = sum(known[-10:]) / len(known[-10:])
@@ -269,7 +265,9 @@ def _trend(known: Sequence[float]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.2e}".replace("e-0", "e-")
+    return rate(value)
 
 
 def _events(found: Sequence[Event], now: float, rows: int) -> RenderableType:
@@ -285,10 +283,3 @@ def _events(found: Sequence[Event], now: float, rows: int) -> RenderableType:
         clock = time.strftime("%H:%M:%S" if now - each.time < 12 * 3600 else "%d %b %H:%M", time.localtime(each.time))
         table.add_row(Text(clock, style=_BORDER), Text(mark, style=colour), Text(printable(each.text)))
     return table if shown else Text("nothing yet", style=_BORDER)
-
-
-def picture(path: Path, snapshot: Snapshot, width: int = 128, height: int = 34) -> None:
-    """The dashboard as an SVG file, for a page."""
-    console = Console(record=True, width=width, height=height, force_terminal=True, file=open(os.devnull, "w"))
-    console.print(Dashboard().render(snapshot, width, height), height=height)
-    path.write_text(console.export_svg(title="triptych status --watch"), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ COLOURS: dict[Word, str] = {
     "failed": "red",
     "killed": "red",
 }
+_LOG_RATIO = 8.0
 PARTS = ("text", "align", "image", "audio")
 
 
@@ -51,6 +53,19 @@ class Curve:
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(min(8, options.max_width), options.max_width)
+
+
+def for_the_eye(given: Sequence[float | None]) -> Sequence[float | None]:
+    """The logarithms of losses that fell by more than a factor of 8, as in the report; else the values themselves."""
+    known = [value for value in given if value is not None]
+    if known and min(known) > 0 and max(known) > _LOG_RATIO * min(known):
+        return [None if value is None else math.log(value) for value in given]
+    return given
+
+
+def rate(value: float) -> str:
+    """Samples or tokens a second, in as many digits as say something."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def badge(snapshot: Snapshot) -> Text:
@@ -142,7 +157,7 @@ def details(snapshot: Snapshot) -> RenderableType:
     if loss is not None:
         known = [(name, number(last.get(f"loss_{name}"))) for name in PARTS]
         parts = "  ".join(f"{name} {value:.3f}" for name, value in known if value is not None)
-        curve = sparkline(values(snapshot.metrics.overview, "loss"), 28)[0]
+        curve = sparkline(for_the_eye(values(snapshot.metrics.overview, "loss")), 28)[0]
         head.add_row("loss", Text.assemble(f"{loss:.4f}  ", (curve, "cyan"), f"  {parts}"))
     if progress.samples_per_second is not None and progress.seconds_a_step is not None:
         head.add_row("speed", _speed(snapshot))
@@ -172,7 +187,7 @@ def overview(snapshots: Sequence[Snapshot]) -> RenderableType:
             f"{progress.step:,}",
             "" if progress.share is None else f"{progress.share:.0%}",
             "" if loss is None else f"{loss:.4f}",
-            "" if progress.samples_per_second is None or not each.state.live else f"{progress.samples_per_second:,.0f}",
+            "" if progress.samples_per_second is None or not each.state.live else rate(progress.samples_per_second),
             "" if save is None else f"{save[0]:,}, {span(save[1])} ago",
             str(each.restarts),
             str(each.run.num_incidents),
@@ -183,9 +198,9 @@ def overview(snapshots: Sequence[Snapshot]) -> RenderableType:
 
 def _speed(snapshot: Snapshot) -> Text:
     progress, tokens = snapshot.progress, number((snapshot.metrics.last or {}).get("tokens_per_second"))
-    parts = [f"{progress.samples_per_second:,.0f} samples/s"]
+    parts = [f"{rate(progress.samples_per_second)} samples/s"]
     if tokens is not None:
-        parts.append(f"{tokens:,.0f} tokens/s")
+        parts.append(f"{rate(tokens)} tokens/s")
     parts.append(f"{progress.seconds_a_step:.3g} s a step")
     return Text(", ".join(parts))
 
