@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from launch import data_commands
+from launch import data_commands, watch_commands
 from launch.demo import demo_command
 from launch.errors import BAD_INPUT, exits_cleanly
 from launch.eval_commands import eval_command
@@ -144,6 +144,8 @@ def ledger(
     raise typer.Exit(ledger_command(run, step, repeated, unseen, verify, data or (), json))
 
 
+for _name in ("status", "stop", "logs", "report"):
+    app.command(_name)(exits_cleanly(getattr(watch_commands, _name)))
 app.command("eval")(exits_cleanly(eval_command))
 app.command("export")(exits_cleanly(export_command))
 app.command("verify")(exits_cleanly(verify_command))

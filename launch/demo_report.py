@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,78 +21,30 @@ def write_demo_report(out: Path, config: Config, results: dict[str, Any], export
         results: its evaluation.
         exported: the outcome of the export's verification.
     """
-    from pretrain.report import Group, Report, example, read_metrics, spread, write_report
+    from launch.report.of_run import write_run_report
+    from launch.report_command import caption_groups, training_samples
+    from pretrain.restore import restore_export
 
     train, test = open_dataset(out / "dataset" / "train"), open_dataset(out / "dataset" / "test")
-    audio = config.data.audio
-    seen = [
-        example(sample, audio, [("text", sample.text), ("label", _label(sample.metadata))])
-        for sample in (train[i] for i in spread(train, SHOWN))
-    ]
-    captioned = []
-    for modality, word in (("image", "picture"), ("audio", "sound")):
-        ids = spread(test, SHOWN, need=(modality, "text"))
-        texts = _captions(out / "export", test, ids, modality)
-        shown = []
-        for i, text in zip(ids, texts, strict=True):
-            sample = test[i]
-            lines = [("caption", text), ("reference", sample.text), ("label", _label(sample.metadata))]
-            shown.append(example(sample, audio, lines, only=modality))
-        captioned.append(
-            Group(
-                f"Captions of test {word}s",
-                f"Written greedily by the exported model, which is given the {word} alone. The reference describes "
-                "whatever the sample has.",
-                shown,
-            )
-        )
-    write_report(
-        Report(
-            name=config.run.name,
-            subtitle=f"{config.model.preset} model, {len(train):,} training samples of {train.name}, "
-            f"step {results['step']}",
-            metrics=read_metrics(out / "run" / "metrics.jsonl"),
-            results=results,
-            groups=[
-                Group("Training samples", "As they lie in the shards; any modality may be missing.", seen),
-                *captioned,
-            ],
-            facts=_facts(out, config, train, test),
-            verification=(
-                exported["verified"],
-                f"Export verified by a fresh process with transformers alone: {exported['num_parameters']:,} "
-                f"parameters, {exported['num_probes']} probes, largest difference of a caption loss "
-                f"{exported['largest_loss_difference']:.1g} nats."
-                if exported["verified"]
-                else f"Export not verified: {'; '.join(exported['problems'])}",
-            ),
-        ),
+    write_run_report(
+        out / "run",
         out / "report.html",
+        groups=[training_samples(config, SHOWN), *caption_groups(restore_export(out / "export"), test, SHOWN)],
+        verification=(
+            exported["verified"],
+            f"Export verified by a fresh process with transformers alone: {exported['num_parameters']:,} "
+            f"parameters, {exported['num_probes']} probes, largest difference of a caption loss "
+            f"{exported['largest_loss_difference']:.1g} nats."
+            if exported["verified"]
+            else f"Export not verified: {'; '.join(exported['problems'])}",
+        ),
+        results=results,
+        more_facts=_fingerprints(train, test),
     )
 
 
-def _captions(export: Path, dataset: Dataset, ids: list[int], modality: str) -> list[str]:
-    from pretrain.generate import caption_samples
-    from pretrain.restore import restore_export
-
-    return caption_samples(restore_export(export), dataset, ids, (modality,))
-
-
-def _label(metadata: dict[str, Any]) -> str | None:
-    name = metadata.get("label") if metadata.get("label_name") is None else metadata["label_name"]
-    return None if name is None else str(name)
-
-
-def _facts(out: Path, config: Config, train: Dataset, test: Dataset) -> dict[str, str]:
-    run = json.loads((out / "run" / "run.json").read_text())
-    losses = {name: weight for name, weight in config.losses.model_dump().items() if weight}
-    return {
-        "training data": f"{train.name}: {len(train):,} samples, fingerprint {train.fingerprint[:16]}",
-        "test data": f"{test.name}: {len(test):,} samples, fingerprint {test.fingerprint[:16]}",
-        "losses": ", ".join(f"{name} {weight:g}" for name, weight in losses.items()),
-        "optimizer": f"AdamW, learning rate {config.train.learning_rate:g}, {config.train.schedule}, "
-        f"{config.train.warmup_steps} warm-up steps, global batch {config.data.global_batch}",
-        "processes": f"{run['world_sizes'][-1]}, ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
-        f"restarts {run['restarts']}",
-        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-    }
+def _fingerprints(train: Dataset, test: Dataset) -> list[tuple[str, str]]:
+    return [
+        (f"{role} fingerprint", f"{dataset.name}: {len(dataset):,} samples, {dataset.fingerprint[:16]}")
+        for role, dataset in (("training", train), ("test", test))
+    ]

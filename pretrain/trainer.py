@@ -219,6 +219,7 @@ class Trainer:
         global_batch = self.config.data.global_batch
         record = StepRecord(
             step=self.step,
+            time=time.time(),
             batch=number,
             epoch=self.cursor.batch * global_batch / self.samples_an_epoch,
             samples_seen=self.cursor.batch * global_batch,

@@ -15,6 +15,8 @@ class StepRecord:
     """What one optimizer step did; the fields of a line in metrics.jsonl."""
 
     step: int
+    time: float
+    """When it was done, in seconds since 1970 by the clock of rank 0."""
     batch: int
     """Number of the global batch; it runs ahead of `step - 1` once batches were passed over."""
     epoch: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,39 +9,16 @@ from typing import Any
 import pytest
 
 from data_pipelines.preview import write_preview
+from tests.browser import set_scheme, started_browser
 from tests.data_pipelines.hostile_preview import CAPTION, SCRIPT, make_hostile
 
 pytestmark = pytest.mark.timeout(240)
 
-_FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--no-first-run",
-    "--window-size=1400,1000",
-)
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("Debian's chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("NO_PROXY", "localhost,127.0.0.1")
-        started = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    started.set_script_timeout(60)
-    yield started
-    started.quit()
+    with started_browser(tmp_path_factory.mktemp("chromium")) as started:
+        yield started
 
 
 @pytest.fixture
@@ -142,8 +118,6 @@ def test_filter_by_modality(page: Any) -> None:
 def test_light_and_dark(page: Any) -> None:
     colours = []
     for scheme in ("light", "dark"):
-        page.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        )
+        set_scheme(page, scheme)
         colours.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert colours == ["rgb(246, 246, 243)", "rgb(19, 21, 25)"]

@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 from launch.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("config", "train", "checkpoints", "ledger", "eval", "export", "verify", "push", "demo")
+WATCHING = ("status", "stop", "logs", "report")
+COMMANDS = ("config", "train", "checkpoints", "ledger", "eval", "export", "verify", "push", "demo", *WATCHING)
 GOOD = "run: {dir: runs/x}\ndata:\n  train: d\n"
 
 

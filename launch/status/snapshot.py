@@ -1,0 +1,138 @@
+"""One look at a run: its files, its numbers, its jobs, its state, as one value for tables and for JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.status import slurm
+from launch.status.metrics import Metrics, number
+from launch.status.run_files import RunFiles, read_run
+from launch.status.slurm import Job
+from launch.status.state import Progress, State, in_words, judge, progress
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment."""
+
+    run: RunFiles
+    metrics: Metrics
+    jobs: list[Job]
+    state: State
+    progress: Progress
+    now: float
+
+    @property
+    def job(self) -> Job | None:
+        """The job that trains or is to train, else the last one."""
+        running = [job for job in self.jobs if job.state == "RUNNING"]
+        waiting = [job for job in self.jobs if job.waits]
+        return next(iter([*running, *waiting, *reversed(self.jobs)]), None)
+
+    @property
+    def last_checkpoint(self) -> tuple[int, float] | None:
+        """Step and age in seconds of the newest checkpoint."""
+        return (self.run.checkpoints[-1][0], self.now - self.run.checkpoints[-1][1]) if self.run.checkpoints else None
+
+    @property
+    def restarts(self) -> int:
+        """Starts of the run after the first."""
+        return max(0, len(self.run.starts) - 1)
+
+    @property
+    def end(self) -> float | None:
+        """When the last step is expected, in seconds since 1970."""
+        return None if self.progress.seconds_left is None else self.now + self.progress.seconds_left
+
+    @property
+    def starts_needed(self) -> int:
+        """How many more starts the job's time limit makes it, at the present speed; 0 where it fits or has none."""
+        job, left = self.job, self.progress.seconds_left
+        if job is None or left is None or job.seconds_left is None or left <= job.seconds_left:
+            return 0
+        return 1 + int((left - job.seconds_left) // (job.limit_seconds or job.seconds_left or 1))
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs; null is what is not known."""
+        last, save = self.metrics.last or {}, self.last_checkpoint
+        config = self.run.config
+        losses = {name: number(last.get(f"loss_{name}")) for name in ("text", "align", "image", "audio")}
+        return {
+            "run": str(self.run.path),
+            "name": self.run.name,
+            "run_id": self.run.run.get("run_id"),
+            "state": self.state.word,
+            "why": self.state.why,
+            "live": self.state.live,
+            "job": None if self.job is None else self.job.id,
+            "jobs": [asdict(job) | {"words": in_words(job)} for job in self.jobs],
+            "nodes": self.nodes,
+            "ranks": (self.run.run.get("world_sizes") or [None])[-1],
+            "zero_stage": None if config is None else config.engine.zero_stage,
+            "step": self.progress.step,
+            "max_steps": self.progress.max_steps,
+            "share": self.progress.share,
+            "epoch": number(last.get("epoch")),
+            "samples_seen": last.get("samples_seen"),
+            "loss": number(last.get("loss")),
+            "losses": losses,
+            "learning_rate": number(last.get("lr")),
+            "grad_norm": number(last.get("grad_norm")),
+            "samples_per_second": self.progress.samples_per_second,
+            "tokens_per_second": number(last.get("tokens_per_second")),
+            "seconds_a_step": self.progress.seconds_a_step,
+            "data_wait_fraction": self.progress.data_wait,
+            "last_step_time": number(last.get("time")),
+            "checkpoint": None if save is None else {"step": save[0], "age_seconds": round(save[1], 1)},
+            "restarts": self.restarts,
+            "incidents": self.run.num_incidents,
+            "last_incident": asdict(self.run.incidents[-1]) if self.run.incidents else None,
+            "quarantined": self.run.quarantined,
+            "seconds_left": self.progress.seconds_left,
+            "end": self.end,
+            "starts_needed": self.starts_needed,
+            "heartbeats": [asdict(beat) for beat in self.run.beats],
+        }
+
+    @property
+    def nodes(self) -> str:
+        """The nodes it runs on, or ran on last."""
+        job = self.job
+        if job is not None and job.nodes:
+            return job.nodes
+        return str(self.run.starts[-1].get("host", "")) if self.run.starts else ""
+
+
+class Looker:
+    """Looks at a run again and again, at little cost: metrics are read on, Slurm is asked now and then."""
+
+    def __init__(self, path: Path, seconds_between_questions: float = 10.0) -> None:
+        self.path = path
+        self._metrics = Metrics(path / "metrics.jsonl")
+        self._seconds = seconds_between_questions
+        self._asked: tuple[float, tuple[str, ...]] | None = None
+        self._jobs: list[Job] = []
+
+    def look(self) -> Snapshot:
+        """The run as it is now.
+
+        Raises:
+            BadInput: it is no run directory.
+        """
+        run = read_run(self.path)
+        self._metrics.poll()
+        jobs = self._ask(run.job_ids)
+        now = time.time()
+        state = judge(run, self._metrics.last, jobs, now)
+        return Snapshot(run, self._metrics, jobs, state, progress(run, self._metrics, state, now), now)
+
+    def _ask(self, ids: Sequence[str]) -> list[Job]:
+        key = tuple(ids)
+        if self._asked is None or self._asked[1] != key or time.monotonic() - self._asked[0] >= self._seconds:
+            self._jobs = slurm.jobs(ids)
+            self._asked = (time.monotonic(), key)
+        return self._jobs
