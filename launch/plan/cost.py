@@ -104,7 +104,7 @@ def parse_time_limit(text: str) -> float | None:
     """
     if text.strip().upper() in ("UNLIMITED", "INFINITE", "0"):
         return None
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text.strip())
     if not match:
         raise BadInput(f"{text!r} is no time limit; write for example 90 (minutes), 12:00:00 or 2-00:00:00")
     days, *rest = match.groups()

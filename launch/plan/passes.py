@@ -98,9 +98,9 @@ class ShapeModel:
         self.model.train()
 
     @property
-    def element_bytes(self) -> int:
-        """Bytes of a weight in the forward pass."""
-        return 2 if self.config.engine.precision == "bf16" else 4
+    def live_bytes(self) -> int:
+        """What is alive now: between passes, the weights."""
+        return self._shapes.live_bytes
 
     def checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass, or keep them."""
