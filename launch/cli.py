@@ -111,6 +111,42 @@ def doctor(
         raise typer.Exit(BAD_INPUT)
 
 
+@app.command(epilog="example: triptych plan configs/base.yaml --nodes 4 --nproc 8 --accelerator h100-80g")
+@exits_cleanly
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    set: Overrides = None,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            "--accelerator",
+            "--gpu",
+            help="a100-40g, a100-80g, h100-80g, h200-141g, mi300x-192g or cpu; default: what this machine has.",
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", "--gpus-per-node", min=1, help="Processes a node; default: 8, or this machine's."),
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1.0, help="Share of the peak speed that training reaches [0.3].")
+    ] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(help="Of a job, as sbatch takes it; default: slurm.time of the config.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what a run will take, before it is queued: memory, time, decoding, network, checkpoints.
+
+    Exit status: 0 it can work, 2 it cannot; what would is said.
+    """
+    from launch.plan_command import plan_command
+
+    if not plan_command(config, set or (), accelerator, nodes, nproc, mfu, time_limit, json):
+        raise typer.Exit(BAD_INPUT)
+
+
 @app.command(epilog="example: triptych checkpoints runs/demo/run --json")
 @exits_cleanly
 def checkpoints(run: Annotated[Path, typer.Argument(help="Run directory.")], json: Json = False) -> None:

@@ -8,6 +8,7 @@ see `trainer.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,19 +58,21 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if x.requires_grad else _Gather.forward(None, x)
 
 
-def align_loss(local: Embeddings, objectives: ObjectivesConfig) -> tuple[Tensor, int]:
+def align_loss(
+    local: Embeddings, objectives: ObjectivesConfig, collect: Callable[[Tensor], Tensor] = gather
+) -> tuple[Tensor, int]:
     """This rank's share of the alignment loss, as a sum, and the global number of pairs.
 
     The sum over ranks divided by the number of pairs is the loss: the mean over all pairs of all kinds, each pair
-    counted in both directions with weight one half.
+    counted in both directions with weight one half. `collect` puts the ranks' rows one after the other.
     """
     size = len(local.present["text"])
     flags = torch.stack([local.present[name] for name in _NAMES], dim=1)
-    everywhere = gather(torch.cat([local.vectors[name] for name in _NAMES], dim=1))
-    all_flags = gather(flags.to(torch.uint8)).bool()
+    everywhere = collect(torch.cat([local.vectors[name] for name in _NAMES], dim=1))
+    all_flags = collect(flags.to(torch.uint8)).bool()
     keys = dict(zip(_NAMES, everywhere.chunk(len(_NAMES), dim=1), strict=True))
     there = {name: all_flags[:, i] for i, name in enumerate(_NAMES)}
-    rank = dist.get_rank() if len(all_flags) > size else 0
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     own = torch.arange(rank * size, (rank + 1) * size, device=flags.device)
 
     total = 0.0 * (everywhere.sum() + local.scale.sum() + local.bias.sum())

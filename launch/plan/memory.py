@@ -1,0 +1,266 @@
+"""What one rank holds in memory under DeepSpeed ZeRO, at the moment when it holds most.
+
+The rules were read in DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`, `stage3.py`) for the config that
+`pretrain.engine.deepspeed_config` makes, and held against measurements (`benchmarks/plan.py`): where fp32 copies,
+buckets and temporaries come and go, what gloo copies, and what the C library's heap keeps of freed activations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from launch.plan.passes import Pass
+from pretrain.config import Config
+
+PARTS = (
+    "process",
+    "weights",
+    "gathered weights",
+    "fp32 weights",
+    "moments",
+    "gradients",
+    "buckets",
+    "activations",
+    "logits",
+    "contrastive gather",
+    "temporaries",
+)
+"""What memory is for, in the order of a bar."""
+
+PROCESS_BYTES = 0.70e9
+"""Resident memory of a rank on a CPU before its model: interpreter, torch, DeepSpeed, transformers; measured."""
+CONTEXT_BYTES = 1.5e9
+"""On a GPU beside tensors: context, kernels and the communication library's buffers. Not measured here."""
+USABLE_SHARE = 0.94
+"""Share of a GPU's memory that tensors can have before the caching allocator's gaps fill it."""
+
+# DeepSpeed's defaults, which the engine leaves alone.
+_MOST_LIVE_ELEMENTS = 1_000_000_000
+_PLAIN_BUCKET_ELEMENTS = 500_000_000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights, gradients and optimizer state are spread over the ranks."""
+
+    zero_stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    world_size: int
+    element_bytes: int
+    """Bytes of a weight in the forward pass: 4 in fp32, 2 in bf16."""
+    bucket_elements: int
+    accumulation: int
+    is_gpu: bool
+
+    @classmethod
+    def of(cls, config: Config, world_size: int, accumulation: int, is_gpu: bool) -> Layout:
+        """A config's own layout."""
+        engine = config.engine
+        return cls(
+            engine.zero_stage,
+            engine.offload_optimizer,
+            engine.offload_parameters,
+            world_size,
+            2 if engine.precision == "bf16" else 4,
+            engine.bucket_mb * 1_000_000 // 4,
+            accumulation,
+            is_gpu,
+        )
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        offload = "+".join(
+            word for word, on in (("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)) if on
+        )
+        return f"ZeRO {self.zero_stage}" + (f", offload {offload}" if offload else "")
+
+    def others(self) -> list[Layout]:
+        """Every stage, and offloads where there is a device to offload from."""
+        offloads = [(False, False), (True, False), (True, True)] if self.is_gpu else [(False, False)]
+        return [
+            replace(self, zero_stage=stage, offload_optimizer=optimizer, offload_parameters=parameters)
+            for (optimizer, parameters), stage in itertools.product(offloads, range(4))
+            if (not optimizer or stage) and (not parameters or stage == 3) and (stage or self.element_bytes == 4)
+        ]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many elements the model has."""
+
+    by_part: dict[str, int]
+    """text, vision, audio, heads."""
+    groups: tuple[int, ...]
+    """Of each group of the optimizer."""
+    largest: int
+    """Of the largest tensor."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.groups)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One rank at its fullest moment, in bytes."""
+
+    layout: Layout
+    moment: str
+    """forward and backward, reduction, update, or gathering."""
+    device: dict[str, float]
+    """By `PARTS`; on a CPU all there is."""
+    host: float
+    """Beside a device: optimizer state and weights that are offloaded."""
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return sum(self.device.values())
+
+
+def rank_memory(layout: Layout, parameters: Parameters, passed: Pass, alignment_bytes: float = 0.0) -> RankMemory:
+    """The fullest moment of a step.
+
+    Args:
+        layout: how state is spread.
+        parameters: of the model.
+        passed: the largest micro-batch.
+        alignment_bytes: of the contrastive loss over the whole share, when its gradient is cached.
+    """
+    state, host = _state(layout, parameters)
+    moments = [("forward and backward", _in_pass(layout, parameters, passed))]
+    if layout.accumulation > 1:
+        moments.append(("contrastive loss", {"contrastive gather": alignment_bytes}))
+    moments += _after_pass(layout, parameters, 0.0 if layout.is_gpu else _kept_by_heap(passed))
+    name, most = max(moments, key=lambda moment: sum(moment[1].values()))
+    device = dict.fromkeys(PARTS, 0.0) | state
+    for part, size in most.items():
+        device[part] += size
+    return RankMemory(layout, name, device, host)
+
+
+def _state(layout: Layout, parameters: Parameters) -> tuple[dict[str, float], float]:
+    """What is there all the time: on the device by part, and on the host."""
+    total, world = parameters.total, layout.world_size
+    share = total / world
+    sharded = layout.zero_stage == 3
+    weights = layout.element_bytes * (share if sharded else total)
+    # ZeRO 1 and 2 keep a copy in fp32 even of fp32 weights.
+    copied = layout.zero_stage in (1, 2) or (sharded and layout.element_bytes == 2)
+    master = 4 * share if copied else 0.0
+    moments = 8 * (share if layout.zero_stage else total)
+    state = {
+        "process": CONTEXT_BYTES if layout.is_gpu else PROCESS_BYTES,
+        "weights": weights,
+        "fp32 weights": master,
+        "moments": moments,
+        "gradients": 4 * share if sharded else 0.0,
+    }
+    host = 0.0
+    if layout.offload_optimizer:
+        host += max(master, 4 * share) + moments + 4 * share + (0 if sharded else layout.element_bytes * share)
+        state["fp32 weights"] = state["moments"] = state["gradients"] = 0.0
+        state["buckets"] = layout.element_bytes * parameters.largest
+    if layout.offload_parameters:
+        host += weights
+        state["weights"] = 0.0
+    return state, host
+
+
+def _gathered(layout: Layout, parameters: Parameters) -> float:
+    """Whole weights that ZeRO 3 holds: it lets go of what it needs again only after 10**9 more elements."""
+    if layout.zero_stage != 3:
+        return 0.0
+    return layout.element_bytes * min(parameters.total, _MOST_LIVE_ELEMENTS // 2 + layout.bucket_elements)
+
+
+def _bucket(layout: Layout, parameters: Parameters) -> float:
+    """Reduction buckets; on a CPU only what is written to them becomes memory."""
+    each = layout.element_bytes if layout.zero_stage > 1 or layout.element_bytes == 4 else 4
+    elements = layout.bucket_elements if layout.is_gpu else min(layout.bucket_elements, parameters.total)
+    return float(each * elements * (2 if layout.is_gpu else 1))
+
+
+def _copied_bucket(layout: Layout, parameters: Parameters) -> float:
+    return float(layout.element_bytes * min(layout.bucket_elements, parameters.total))
+
+
+def _in_pass(layout: Layout, parameters: Parameters, passed: Pass) -> dict[str, float]:
+    """The fullest moment of a forward and backward pass, what is there all the time left out."""
+    stage, world, total = layout.zero_stage, layout.world_size, parameters.total
+    reduces_in_pass = stage >= 2 or (stage == 1 and layout.is_gpu)
+    before = 0.0
+    if layout.accumulation > 1 and stage < 3:
+        before = 4 * total / (world if reduces_in_pass else 1)
+        if stage == 2 and layout.element_bytes == 2:
+            before = 0.0
+    fixed = {"gathered weights": _gathered(layout, parameters)}
+    if reduces_in_pass:
+        fixed["buckets"] = _bucket(layout, parameters) + _copied_bucket(layout, parameters)
+
+    def handed_over(done: int) -> float:
+        if stage == 3 or (layout.offload_optimizer and stage == 2):
+            return 0.0
+        return 4 * done / (world if reduces_in_pass else 1)
+
+    done, live = max(passed.moments, key=lambda moment: handed_over(moment[0]) + moment[1])
+    named = {"logits": float(passed.kept_bytes["logits"]), "contrastive gather": float(passed.kept_bytes["alignment"])}
+    named = {name: min(max(0.0, size), live / 2) for name, size in named.items()}
+    return fixed | named | {"activations": live - sum(named.values()), "gradients": before + handed_over(done)}
+
+
+def _after_pass(layout: Layout, parameters: Parameters, kept: float) -> list[tuple[str, dict[str, float]]]:
+    """Moments between the last backward pass and the next step; `kept` is memory of activations that is not given back.
+
+    AdamW takes the root of the second moments of a whole group at once.
+    """
+    stage, world, total = layout.zero_stage, layout.world_size, parameters.total
+    group = max(parameters.groups) / (world if stage else 1)
+    gradients = 4 * total / (world if stage else 1)
+    if layout.offload_optimizer:
+        # On the host, where it is no smaller; the host's memory is not what a step runs out of.
+        return []
+    if stage == 0:
+        whole = {"gradients": gradients, "activations": kept}
+        flat = 4.0 * min(total, _PLAIN_BUCKET_ELEMENTS)
+        return [
+            ("reduction", whole | {"buckets": flat if world > 1 else 0.0}),
+            ("update", whole | {"temporaries": 4 * group}),
+        ]
+    # Gradients are flattened into one tensor a group first, unless they lie in one already.
+    copied = 0.0 if stage < 3 and layout.element_bytes == 2 else 4 * group
+    update = {"activations": kept, "temporaries": copied + 4 * group}
+    if stage == 3:
+        return [("update", update)]
+    moments = [("update", update | {"gradients": gradients})]
+    if not layout.is_gpu:
+        buckets = _bucket(layout, parameters) + _copied_bucket(layout, parameters)
+        if stage == 1:
+            moments.append(("reduction", {"gradients": 4.0 * total, "buckets": buckets, "activations": kept}))
+        # gloo gathers into memory of its own.
+        gathered = layout.element_bytes * max(parameters.groups)
+        moments.append(("gathering", {"activations": kept, "temporaries": float(gathered)}))
+    return moments
+
+
+def _kept_by_heap(passed: Pass) -> float:
+    """Freed activations that the C library keeps: its heap shrinks from its end alone."""
+    return float(passed.peak_bytes) * HEAP_SHARE
+
+
+HEAP_SHARE = 0.0
+"""Share of a pass's activations that stays resident after it on a CPU; measured."""
+
+
+def largest_micro_batch(most: Sequence[tuple[int, float]], limit: float) -> int:
+    """Largest micro-batch within `limit` bytes, by a line through (micro-batch, bytes); 0 when not even one fits."""
+    (small, low), (large, high) = sorted(most)[0], sorted(most)[-1]
+    slope = (high - low) / max(1, large - small)
+    if low - slope * (small - 1) > limit:
+        return 0
+    return int(small + (limit - low) / slope) if slope > 0 else large
