@@ -212,7 +212,7 @@ def test_ranks_share_the_reading_before_they_go_back_and_show_that_they_live(
         ticks: list[int] = []
         # What rank 1 is told is what rank 0 found; the one file is rank 0's to read.
         manifests = [(read_manifest(folder_of(tmp_path, step)), None) for step in (4, 2)]
-        answers = iter([manifests[0], ["file is wrong"], manifests[1], []])
+        answers = iter([True, manifests[0], ["file is wrong"], True, manifests[1], []])
         engine = SimpleNamespace(is_main=rank == 0, rank=rank, world_size=2)
         engine.gather_objects = lambda mine, rank=rank, answers=answers: [mine] if rank == 0 else [next(answers)]
         trainer = SimpleNamespace(

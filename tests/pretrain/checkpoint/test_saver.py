@@ -34,7 +34,7 @@ def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: Any, rounds: 
     engine: Any = SimpleNamespace(device=SimpleNamespace(type="cpu"), is_main=False, rank=1, world_size=2, sum=add)
     found = Saver(engine, tmp_path, "run", CheckpointConfig(), lambda: ticks.append(None))
     work = WriterThread().start(what)
-    found._pending = _Pending(1, tmp_path, time.perf_counter(), work)
+    found._pending = _Pending(1, tmp_path, time.perf_counter(), work, needed=1)
     with pytest.raises(Stuck):
         found.wait()
     return len(ticks)
