@@ -28,7 +28,7 @@ from pretrain.config import Config
 from pretrain.consolidate import safe_unpickling
 from pretrain.model.backbones import family
 from pretrain.norm_gate import Judge, NormGate
-from pretrain.zero_partitions import Read, fill
+from pretrain.zero_partitions import Read, clear_padding, fill
 from pretrain.zero_reader import names_entry
 
 _NO_DECAY = ("norm", "logit_scale", "logit_bias", "per_dim_scale", "position_embedding_table", ".token")
@@ -135,6 +135,8 @@ class Engine:
             groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.epsilon, foreach=True
         )
         self.module, _ = self._accelerator.prepare(model, optimizer)
+        if self.config.engine.zero_stage == 3:
+            clear_padding(self.module.optimizer)
         self._gate = NormGate(self.module.optimizer) if self.config.engine.zero_stage else None
 
     @property

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from pretrain import checkpoint
 from pretrain.consolidate import safe_unpickling
-from tests.faults.harness import metrics, triptych
+from tests.faults.harness import incidents, metrics, triptych
 
 # What names the run or the moment instead of its state.
 _NAMES = {"triptych", "ds_config", "ds_version"}
@@ -26,6 +26,8 @@ def compare_runs(golden: Path, other: Path) -> list[str]:
         first = next((a["step"] for a, b in zip(expected, found, strict=False) if a["loss_hex"] != b["loss_hex"]), None)
         wrong.append(f"losses differ (first at step {first}; {len(expected)} and {len(found)} lines)")
     wrong += differences(golden, other)
+    if alarms := _spikes(golden) ^ _spikes(other):
+        wrong.append(f"spikes in one of the two only: {sorted(alarms)}")
     for option in ("--repeated", "--unseen"):
         done = triptych("ledger", str(other), option, "--json")
         if done.returncode or json.loads(done.stdout) != []:
@@ -37,6 +39,10 @@ def compare_runs(golden: Path, other: Path) -> list[str]:
     if left:
         wrong.append(f"left behind: {left}")
     return wrong
+
+
+def _spikes(run_dir: Path) -> set[tuple[str, int]]:
+    return {(each["kind"], each["step"]) for each in incidents(run_dir) if each["kind"].endswith("_spike")}
 
 
 def differences(first: Path, second: Path) -> list[str]:

@@ -3,7 +3,7 @@
 Samples are dealt in several ways: `even` deals full and text-only samples to all ranks, `apart` gives rank 0 all full
 ones and rank 1 none, and `alternate` swaps the two ranks every step. `poison` [rank, steps] makes the caption loss of
 that rank's share NaN in those steps; `poisons` [[rank, step, how]...] does as `poison.py` says. A step stands for its
-batch here.
+batch here. `dirty` has torch fill memory that nobody has written yet with NaN.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 from pretrain.engine import prepare_environment
 
 prepare_environment()
+
+import torch  # noqa: E402
 
 from pretrain.callbacks import Callback, StepRecord  # noqa: E402
 from pretrain.callbacks.ledger import LedgerKeeper  # noqa: E402
@@ -79,6 +81,7 @@ def train(case: dict[str, Any], folder: Path, number: int) -> list[dict[str, Any
         watch=case.get("watch", {}),
     )
     engine = Engine(config)
+    torch.use_deterministic_algorithms(case.get("dirty", False), warn_only=True)
     model = OmniPretrainer.build(config, word_tokenizer())
     model.register_forward_hook(poisoned)
     engine.prepare(model)

@@ -11,6 +11,7 @@ import pytest
 from data_pipelines.errors import BadInput
 from pretrain import checkpoint
 from pretrain.train import pass_over
+from tests.faults.states import differences
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
@@ -128,3 +129,14 @@ def test_a_run_whose_checkpoints_are_all_invalid_does_not_start_anew(
     assert [line.split(":")[0][-8:] for line in said] == ["00000006", "00000004", "00000002"]
     pass_over(passed[:1], checkpoint.folder_of(run, 4))
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("engine", [{"zero_stage": 1}, {"zero_stage": 3, "precision": "bf16"}])
+def test_nothing_that_was_never_written_reaches_a_checkpoint(tmp_path: Path, engine: dict) -> None:
+    """Partitions of odd parameters are padded, and DeepSpeed leaves to chance what the padding holds."""
+    for name in ("clean", "dirty"):
+        case = {"dealing": "even", "steps": 2, "engine": engine, "dirty": name == "dirty"}
+        case["checkpoint"] = {"every_steps": 2}
+        run_ranks("tests.pretrain.zero_steps", [json.dumps(case), str(tmp_path / name)])
+    found = differences(tmp_path / "clean" / "run-0", tmp_path / "dirty" / "run-0")
+    assert not [name for name in found if name.startswith("deepspeed/")]
