@@ -17,9 +17,8 @@ from launch.report.curves import Floats, Table, curve
 from launch.report.page import Page, Section, differences, rows, shown, write_page
 from launch.report.timeline import Stretch, Timeline, timeline
 from launch.status.events import Event, events
-from launch.status.metrics import Metrics
 from launch.status.run_files import RunFiles, evaluations, read_run, span
-from launch.status.state import judge
+from launch.status.snapshot import Looker
 from pretrain.config import Config, dump_config
 from pretrain.ledger import Ledger
 from pretrain.results import blocks
@@ -61,9 +60,7 @@ def write_run_report(
         BadInput: it is no run directory.
     """
     run = read_run(run_dir, _MAX_INCIDENTS)
-    metrics = Metrics(run_dir / "metrics.jsonl")
-    metrics.poll()
-    state = judge(run, metrics.last)
+    state = Looker(run_dir).look().state
     table = Table.read(run_dir / "metrics.jsonl")
     happened = events(run)
     drawn = _timeline(run, table, happened)

@@ -23,7 +23,7 @@ from rich.text import Text
 from data_pipelines.errors import BadInput, printable
 from launch.status.events import Event, events
 from launch.status.metrics import Record, number, values
-from launch.status.run_files import RankBeat, span
+from launch.status.run_files import ALIVE, RankBeat, span
 from launch.status.snapshot import Looker, Snapshot
 from launch.status.tables import COLOURS, PARTS, Curve, badge, bar, details, ending, facts, for_the_eye, rate, steps
 
@@ -119,6 +119,8 @@ class Dashboard:
             text = Text(f"{beat.phase}, step {beat.step:,}" if beat.step else beat.phase)
             if still >= _STILL_SECONDS:
                 text.append(f", for {span(still)}", style="yellow")
+                if beat.process != ALIVE:
+                    text.append(f", {beat.process}", style="bold red")
             yield f"rank {beat.rank}", text
         if len(beats) > 8:
             yield "", Text(f"and {len(beats) - 8} more ranks on this host", style=_BORDER)
@@ -235,7 +237,7 @@ def _curves(
     table.add_column(ratio=1)
     table.add_column(no_wrap=True, justify="right")
     for field, label in names:
-        given = values(records, field)
+        given: Sequence[float | None] = values(records, field)
         known = [value for value in given if value is not None]
         if not known:
             continue
