@@ -94,7 +94,7 @@ class Snapshot:
             "learning_rate": number(last.get("lr")),
             "grad_norm": number(last.get("grad_norm")),
             "samples_per_second": self.progress.samples_per_second,
-            "tokens_per_second": number(last.get("tokens_per_second")),
+            "tokens_per_second": self.progress.tokens_per_second,
             "seconds_a_step": self.progress.seconds_a_step,
             "data_wait_fraction": self.progress.data_wait,
             "last_step_time": number(last.get("time")),

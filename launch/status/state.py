@@ -34,6 +34,7 @@ Word = Literal[
 LIVE: tuple[Word, ...] = ("starting", "training", "stalled", "stopping", "restarting", "silent")
 _BEATS_OF_SILENCE = 3
 _STEPS_OF_SPEED = 200
+_STEPS_TO_TELL = 10
 _SECONDS_TO_SAY_WHY = 15.0
 # Without a step for longer than both it has stalled, unless it evaluates or saves.
 _SECONDS_OF_A_STALL, _STEPS_OF_A_STALL = 60.0, 20.0
@@ -60,6 +61,8 @@ class Progress:
     max_steps: int | None
     samples_per_second: float | None
     """Over the last steps, with what lies between them: checkpoints, evaluations."""
+    tokens_per_second: float | None
+    """The same."""
     seconds_a_step: float | None
     """The same."""
     data_wait: float | None
@@ -261,12 +264,22 @@ def progress(run: RunFiles, metrics: Metrics, state: State, now: float | None = 
     last = metrics.last
     max_steps = run.config.train.max_steps if run.config is not None else None
     if last is None:
-        return Progress(0, max_steps, None, None, None, None)
+        return Progress(0, max_steps, None, None, None, None, None)
     since = int(run.starts[-1].get("step", 0)) if run.starts else 0
     recent = [record for record in metrics.recent[-_STEPS_OF_SPEED:] if int(record["step"]) > since]
-    seconds = _seconds_a_step(recent or metrics.recent[-_STEPS_OF_SPEED:])
+    if len(recent) >= _STEPS_TO_TELL or len(recent) == len(metrics.recent):
+        seconds = _seconds_a_step(recent)
+    else:
+        # The first steps of a start are slow; those of the one before tell more.
+        seconds = _median_seconds(metrics.recent[-_STEPS_OF_SPEED:])
     batch = run.config.data.global_batch if run.config is not None else None
     waits = [wait for record in recent[-50:] if (wait := number(record.get("data_wait_fraction"))) is not None]
+    tokens = [
+        rate * took
+        for record in recent
+        if (rate := number(record.get("tokens_per_second"))) is not None
+        and (took := number(record.get("step_seconds"))) is not None
+    ]
     left = None
     if max_steps is not None and seconds is not None and state.word in ("training", "silent"):
         left = max(0.0, (max_steps - int(last["step"])) * seconds)
@@ -274,6 +287,7 @@ def progress(run: RunFiles, metrics: Metrics, state: State, now: float | None = 
         step=int(last["step"]),
         max_steps=max_steps,
         samples_per_second=batch / seconds if batch and seconds else number(last.get("samples_per_second")),
+        tokens_per_second=sum(tokens) / len(tokens) / seconds if tokens and seconds else None,
         seconds_a_step=seconds,
         data_wait=sum(waits) / len(waits) if waits else None,
         seconds_left=left,
@@ -291,5 +305,9 @@ def _seconds_a_step(records: Sequence[MetricsLine]) -> float | None:
         passed = float(records[-1]["time"]) - float(records[0]["time"])
         if steps > 0 and passed > 0:
             return passed / steps
+    return _median_seconds(records)
+
+
+def _median_seconds(records: Sequence[MetricsLine]) -> float | None:
     found = [seconds for record in records if (seconds := number(record.get("step_seconds")))]
     return statistics.median(found) if found else None

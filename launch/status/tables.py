@@ -97,7 +97,12 @@ def bar(snapshot: Snapshot, width: int | None = None) -> ProgressBar:
     """The share of the steps that is done."""
     done = COLOURS[snapshot.state.word]
     return ProgressBar(
-        total=1.0, completed=snapshot.progress.share or 0.0, width=width, complete_style=done, finished_style=done
+        total=1.0,
+        completed=snapshot.progress.share or 0.0,
+        width=width,
+        style="bright_black",
+        complete_style=done,
+        finished_style=done,
     )
 
 
@@ -204,10 +209,10 @@ def overview(snapshots: Sequence[Snapshot]) -> RenderableType:
 
 
 def _speed(snapshot: Snapshot) -> Text:
-    progress, tokens = snapshot.progress, number((snapshot.metrics.last or {}).get("tokens_per_second"))
+    progress = snapshot.progress
     parts = [
         (progress.samples_per_second, "samples/s"),
-        (tokens, "tokens/s"),
+        (progress.tokens_per_second, "tokens/s"),
         (progress.seconds_a_step, "s a step"),
     ]
     return Text(", ".join(f"{rate(value)} {unit}" for value, unit in parts if value is not None))

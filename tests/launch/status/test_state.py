@@ -65,7 +65,7 @@ def trained(run: Path, last: int, seconds: float = 0.5, ago: float = 0.0) -> Non
 
 
 def owned_otherwise(run: Path, **facts: Any) -> None:
-    """Another owner's record, in a file of its own: the owner of a test goes on writing its heartbeat into the other."""
+    """Another owner's record, in a file of its own: a test's owner goes on writing into the other."""
     record = read_owner(run)
     assert record is not None
     (run / "new").write_text(json.dumps(asdict(replace(record, **facts))).ljust(1023) + "\n")
