@@ -94,21 +94,27 @@ def logs_command(target: str, follow: bool = False, ranks: Sequence[int] = (), l
     """
     path = run_directory(target)
     job = target if target != str(path) and slurm.is_job_id(target) else None
-    logs = _logs(read_run(path), ranks, job)
+    run = read_run(path)
+    _check_access(path / "logs")
+    logs = _logs(run, ranks, job)
     if not logs and not follow:
         there = sorted(_rank_logs(path))
         which = f"; there are those of rank {_ranges(there)}" if there and ranks else ""
         of = f"of rank {', '.join(map(str, ranks))} " if ranks else ""
         raise BadInput(f"{path}: no log {of}in {path / 'logs'}{which}")
-    closed = next((log.path for log in logs if not os.access(log.path, os.R_OK)), None)
-    if closed is not None:
-        raise BadInput(f"{closed}: may not be read by this user")
+    for log in logs:
+        _check_access(log.path)
     try:
         _print([(log, log.last(lines)) for log in logs])
         if follow:
             _follow(path, logs, ranks, job)
     except KeyboardInterrupt:
         return
+
+
+def _check_access(path: Path) -> None:
+    if path.exists() and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise BadInput(f"{path}: may not be read by this user")
 
 
 def _follow(path: Path, logs: list[Log], ranks: Sequence[int], job: str | None) -> None:

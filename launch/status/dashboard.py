@@ -157,7 +157,7 @@ def show(looker: Looker, every_seconds: float) -> None:
                         live.update(dashboard.render(snapshot, *size), refresh=True)
                     continue
             break
-    console.print(details(snapshot))
+    console.print(details(snapshot, console.width))
 
 
 class _Watcher(threading.Thread):

@@ -151,8 +151,9 @@ def facts(snapshot: Snapshot) -> list[tuple[str, RenderableType]]:
     return found
 
 
-def details(snapshot: Snapshot) -> RenderableType:
-    """Everything about one run."""
+def details(snapshot: Snapshot, width: int) -> RenderableType:
+    """Everything about one run, for a terminal of this width."""
+    across = max(8, min(28, width - 66))
     last = snapshot.metrics.last or {}
     progress = snapshot.progress
     head = Table.grid(padding=(0, 2))
@@ -163,13 +164,13 @@ def details(snapshot: Snapshot) -> RenderableType:
     head.add_row("state", told)
     if progress.max_steps and progress.step:
         line = Table.grid(padding=(0, 2))
-        line.add_row(Text(f"{steps(snapshot)}, {progress.share:.1%}"), bar(snapshot, 28), Text(ending(snapshot)))
+        line.add_row(Text(f"{steps(snapshot)}, {progress.share:.1%}"), bar(snapshot, across), Text(ending(snapshot)))
         head.add_row("step", line)
     loss = number(last.get("loss"))
     if loss is not None:
         known = [(name, number(last.get(f"loss_{name}"))) for name in PARTS]
         parts = "  ".join(f"{name} {value:.3f}" for name, value in known if value is not None)
-        curve = sparkline(for_the_eye(values(snapshot.metrics.overview, "loss")), 28)[0]
+        curve = sparkline(for_the_eye(values(snapshot.metrics.overview, "loss")), across)[0]
         head.add_row("loss", Text.assemble(f"{loss:.4f}  ", (curve, "cyan"), f"  {parts}"))
     if progress.samples_per_second is not None and progress.seconds_a_step is not None:
         head.add_row("speed", _speed(snapshot))

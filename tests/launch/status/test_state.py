@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from launch.status.state import State, judge
 from launch.status.target import run_directory, run_of_command
 from launch.status.words import in_words
 from pretrain.owner import OWNER_FILE, Owner, read_owner
+from tests.faults.harness import ENVIRONMENT
 
 CONFIG = "run: {dir: %s, name: small}\ndata: {train: d, global_batch: 8}\ntrain: {max_steps: 100, warmup_steps: 1}\n"
 
@@ -316,6 +318,31 @@ def test_torn_and_foreign_files_say_nothing(run: Path) -> None:
     assert snapshot.as_json()["incidents"] == 1 and snapshot.as_json()["last_incident"] is None
 
 
+def test_what_may_not_be_read_is_named(run: Path) -> None:
+    started(run, 0)
+    trained(run, 5)
+    (run / "logs").mkdir()
+    (run / "logs" / "rank-0.log").write_text("x\n")
+    for name in ("metrics.jsonl", "run.json", "logs/rank-0.log"):
+        (run / name).chmod(0)
+
+    def triptych(*words: str) -> subprocess.CompletedProcess[str]:
+        # root may read everything, but for these capabilities.
+        lesser = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+        command = [*lesser, sys.executable, "-c", "from launch.cli import main; main()", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+
+    assert re.search(r"unreadable +run.json, metrics.jsonl: no permission", triptych("status", str(run)).stdout)
+    logs = triptych("logs", str(run))
+    assert logs.returncode == 2 and logs.stderr == f"error: {run}/logs/rank-0.log: may not be read by this user\n"
+    (run / "logs").chmod(0)
+    assert triptych("logs", str(run)).stderr == f"error: {run}/logs: may not be read by this user\n"
+    run.chmod(0)
+    status = triptych("status", str(run))
+    assert status.returncode == 2 and status.stderr == f"error: {run}: may not be read by this user\n"
+    run.chmod(0o755)
+
+
 def test_which_run_is_meant(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started(run, 0)
     (tmp_path / "c.yaml").write_text(CONFIG % run)
@@ -331,6 +358,8 @@ def test_which_run_is_meant(run: Path, tmp_path: Path, monkeypatch: pytest.Monke
             run_directory(wrong)
     with pytest.raises(BadInput, match="not a run directory"):
         read_run(tmp_path)
+    with pytest.raises(BadInput, match=f"{tmp_path}: not a run directory; below it are {run}"):
+        run_directory(str(tmp_path))
 
 
 def test_the_run_of_a_job_that_was_submitted_by_hand(tmp_path: Path) -> None:
