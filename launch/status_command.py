@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from data_pipelines.errors import BadInput
 from launch.json_output import print_json, say
 from launch.status.run_files import runs_below
-from launch.status.snapshot import Looker, Snapshot
+from launch.status.snapshot import Looker, Snapshot, look_at_all
 from launch.status.target import run_directory
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def status_command(target: str | None, watch: bool = False, every_seconds: float
     if target is None:
         if watch:
             raise BadInput("--watch needs a run: its directory, its config or a job's number")
-        found = [Looker(path).look() for path in runs_below(Path())]
+        found = look_at_all(runs_below(Path()))
         if as_json:
             print_json([each.as_json() for each in found])
         elif found:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.errors import BadInput
 from launch.status import slurm
 from launch.status.metrics import Metrics, number
 from launch.status.run_files import RunFiles, read_run
@@ -136,12 +138,7 @@ class Looker:
         """
         run = read_run(self.path)
         self._metrics.poll()
-        asked = self._ask(run.job_ids)
-        jobs = asked or []
-        now = time.time()
-        state = judge(run, self._metrics.last, jobs, now)
-        told = progress(run, self._metrics, state, now)
-        return Snapshot(run, self._metrics, jobs, state, told, now, asked is None and slurm.is_there())
+        return _snapshot(run, self._metrics, self._ask(run.job_ids))
 
     def _ask(self, ids: Sequence[str]) -> list[Job] | None:
         key = tuple(ids)
@@ -149,3 +146,26 @@ class Looker:
             self._jobs = slurm.jobs(ids)
             self._asked = (time.monotonic(), key)
         return self._jobs
+
+
+def look_at_all(paths: Sequence[Path]) -> list[Snapshot]:
+    """Several runs as they are now, with one question to Slurm for all; those that may not be read are left out."""
+    found: list[tuple[RunFiles, Metrics]] = []
+    for path in paths:
+        with contextlib.suppress(BadInput):
+            run, metrics = read_run(path), Metrics(path / "metrics.jsonl")
+            metrics.poll()
+            found.append((run, metrics))
+    asked = slurm.jobs(list(dict.fromkeys(job for run, _ in found for job in run.job_ids)))
+    jobs = None if asked is None else {job.id: job for job in asked}
+    return [
+        _snapshot(run, metrics, None if jobs is None else [jobs[each] for each in run.job_ids if each in jobs])
+        for run, metrics in found
+    ]
+
+
+def _snapshot(run: RunFiles, metrics: Metrics, asked: list[Job] | None) -> Snapshot:
+    now, jobs = time.time(), asked or []
+    state = judge(run, metrics.last, jobs, now)
+    told = progress(run, metrics, state, now)
+    return Snapshot(run, metrics, jobs, state, told, now, bool(run.job_ids) and asked is None and slurm.is_there())
