@@ -6,11 +6,12 @@ Lines of ranks and supervisors begin with the time of day, so several logs are p
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from launch.status.target import run_directory
 
 _STAMPED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 _STAMP = 19
+_TASK_LOG = re.compile(r"_(\d+)\.log$")
 _RANK_LOG = re.compile(r"rank-0*(\d+)\.log")
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_STATES = 3.0
@@ -92,18 +94,27 @@ def logs_command(target: str, follow: bool = False, ranks: Sequence[int] = (), l
     """
     path = run_directory(target)
     job = target if target != str(path) and slurm.is_job_id(target) else None
-    logs = _logs(read_run(path), ranks, job)
+    run = read_run(path)
+    _check_access(path / "logs")
+    logs = _logs(run, ranks, job)
     if not logs and not follow:
         there = sorted(_rank_logs(path))
         which = f"; there are those of rank {_ranges(there)}" if there and ranks else ""
         of = f"of rank {', '.join(map(str, ranks))} " if ranks else ""
         raise BadInput(f"{path}: no log {of}in {path / 'logs'}{which}")
+    for log in logs:
+        _check_access(log.path)
     try:
         _print([(log, log.last(lines)) for log in logs])
         if follow:
             _follow(path, logs, ranks, job)
     except KeyboardInterrupt:
         return
+
+
+def _check_access(path: Path) -> None:
+    if path.exists() and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise BadInput(f"{path}: may not be read by this user")
 
 
 def _follow(path: Path, logs: list[Log], ranks: Sequence[int], job: str | None) -> None:
@@ -130,10 +141,12 @@ def _logs(run: RunFiles, ranks: Sequence[int], job: str | None) -> list[Log]:
     of_rank = _rank_logs(run.path)
     if ranks:
         return [Log(f"rank {rank}" * (len(ranks) > 1), of_rank[rank]) for rank in ranks if rank in of_rank]
-    of_job = next(_job_logs(run, [job] if job else run.training_job_ids), None)
+    of_job = next(
+        filter(None, (_job_logs(run, each) for each in reversed([job] if job else run.training_job_ids))), None
+    )
     if of_job is not None:
         # Its ranks and supervisors say everything there.
-        return [of_job]
+        return of_job
     found = [Log(f"rank {min(of_rank)}", of_rank[min(of_rank)])] if of_rank else []
     supervisor = run.path / "logs" / "supervisor.jsonl"
     return [*found, *([Log("supervisor", supervisor, supervisor=True)] if supervisor.is_file() else [])]
@@ -147,14 +160,17 @@ def _rank_logs(path: Path) -> dict[int, Path]:
     return {int(match[1]): file for match, file in names}
 
 
-def _job_logs(run: RunFiles, jobs: Sequence[str]) -> Iterator[Log]:
-    """Of these jobs, newest first: where `triptych submit` has them, or where Slurm says while it knows the job."""
-    for job in reversed(jobs):
-        number = job.partition("_")[0]
-        there = sorted((run.path / "logs").glob(f"*-{number}.log"))
-        place = there[0] if there else slurm.output_of(job)
-        if place is not None and Path(place).is_file():
-            yield Log("", Path(place))
+def _job_logs(run: RunFiles, job: str) -> list[Log]:
+    """Of a job, or of each task of an array: where `triptych submit` has them, or where Slurm says."""
+    folder = run.path / "logs"
+    alone = sorted(folder.glob(f"*-{job}.log"))[:1]
+    if alone:
+        return [Log("", alone[0])]
+    tasks = {int(match[1]): file for file in folder.glob(f"*-{job}_*.log") if (match := _TASK_LOG.search(file.name))}
+    if tasks:
+        return [Log(f"task {task}", tasks[task]) for task in sorted(tasks)]
+    place = slurm.output_of(job)
+    return [Log("", Path(place))] if place is not None and Path(place).is_file() else []
 
 
 def _story(line: str) -> str:

@@ -25,7 +25,8 @@ def report_command(target: str, out: Path | None = None, samples: int = 6, capti
         captions: have the newest checkpoint describe samples of the evaluation data, which loads the model.
 
     Raises:
-        BadInput: there is no such run, or with `captions` no checkpoint or no evaluation data.
+        BadInput: there is no such run, the page cannot be written, or with `captions` there is no checkpoint or no
+            evaluation data.
     """
     from launch.report.of_run import write_run_report
     from launch.status.run_files import read_run
@@ -37,7 +38,10 @@ def report_command(target: str, out: Path | None = None, samples: int = 6, capti
         if captions:
             groups += _captioned(path, samples)
         page = out or path / "report.html"
-        write_run_report(path, page, groups=[group for group in groups if group.examples])
+        try:
+            write_run_report(path, page, groups=[group for group in groups if group.examples])
+        except OSError as error:
+            raise BadInput(f"{page}: cannot be written: {error.strerror}; name another file with --out") from None
     print(page)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipelines.errors import BadInput
 from launch.json_output import print_json, say
 from launch.status.run_files import runs_below
-from launch.status.snapshot import Looker, Snapshot
+from launch.status.snapshot import Looker, Snapshot, look_at_all
 from launch.status.target import run_directory
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ def status_command(target: str | None, watch: bool = False, every_seconds: float
     if target is None:
         if watch:
             raise BadInput("--watch needs a run: its directory, its config or a job's number")
-        found = [Looker(path).look() for path in runs_below(Path())]
+        found = look_at_all(runs_below(Path()))
         if as_json:
             print_json([each.as_json() for each in found])
         elif found:
-            _print(tables.overview(found))
+            _print(lambda width: tables.overview(found))
         else:
             say(f"no run below {Path.cwd()}; give a run directory, a config or a job's number")
         return
@@ -56,7 +57,8 @@ def status_command(target: str | None, watch: bool = False, every_seconds: float
     elif as_json:
         print_json(looker.look().as_json())
     else:
-        _print(tables.details(looker.look()))
+        snapshot = looker.look()
+        _print(lambda width: tables.details(snapshot, width))
 
 
 def _lines(looker: Looker, every_seconds: float) -> None:
@@ -70,14 +72,15 @@ def _lines(looker: Looker, every_seconds: float) -> None:
         time.sleep(every_seconds)
 
 
-def _print(shown: RenderableType) -> None:
+def _print(shown: Callable[[int], RenderableType]) -> None:
     from rich.console import Console
 
     if sys.stdout.isatty():
-        Console(highlight=False).print(shown)
+        console = Console(highlight=False)
+        console.print(shown(console.width))
         return
     console = Console(width=_PIPE_WIDTH, highlight=False)
     with console.capture() as captured:
-        console.print(shown)
+        console.print(shown(_PIPE_WIDTH))
     # rich fills lines up to the width of the table.
     print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)

@@ -1,12 +1,13 @@
 """`triptych stop`: have a run save and end, wherever it runs.
 
-A file named STOP in the run directory does it on any machine that sees the directory. A Slurm job would put itself
-back into the queue after that, as it does at its time limit, so a job is told by a signal to its batch shell, which
-passes it on to the ranks and does not requeue.
+A file named STOP in the run directory does it on any machine that sees the directory. The batch shell of a Slurm job
+gets a signal as well, which reaches ranks that do not look for the file yet; told by either, the job does not put
+itself back into the queue.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -59,25 +60,31 @@ def stop_command(target: str, wait: bool = True, now: bool = False, as_json: boo
 
 def _ask(snapshot: Snapshot) -> str:
     run, job = snapshot.run, _job(snapshot)
-    if job is not None and job.waits:
-        return _cancelled(job)
+    if job is not None and (job.waits or snapshot.kind(job) != "pretrain"):
+        return _cancelled(snapshot)
     if job is not None:
         refused = slurm.cancel(job.id, "TERM")
         if refused is None:
+            if snapshot.state.word in ("training", "stalled"):
+                with contextlib.suppress(OSError):
+                    (run.path / STOP_FILE).touch()
             return f"asked job {job.id} to save and end"
-        say(f"triptych: scancel: {refused}; the job will put itself back into the queue")
+        say(f"triptych: scancel: {refused}; a file named {STOP_FILE} asks it instead")
     if not snapshot.state.live and job is None:
         raise BadInput(f"{run.path}: nothing to stop: {snapshot.state.word}{_because(snapshot)}")
     if not run.config and not run.starts:
         raise BadInput(f"{run.path}: it is only starting; try again when it trains")
-    (run.path / STOP_FILE).touch()
+    try:
+        (run.path / STOP_FILE).touch()
+    except OSError as error:
+        raise BadInput(f"{run.path}: a file named {STOP_FILE} cannot be put there: {error.strerror}") from None
     return f"asked {run.path} to save and end, by a file named {STOP_FILE}"
 
 
 def _end_at_once(snapshot: Snapshot) -> str:
     run, job = snapshot.run, _job(snapshot)
     if job is not None:
-        return _cancelled(job)
+        return _cancelled(snapshot)
     owner = run.owner
     if owner is None or is_gone(owner):
         raise BadInput(f"{run.path}: nothing to stop: {snapshot.state.word}{_because(snapshot)}")
@@ -88,20 +95,31 @@ def _end_at_once(snapshot: Snapshot) -> str:
     number = signal.SIGTERM if len(owner.ancestors) > 1 else signal.SIGKILL
     for _ in range(2):
         if state(top) != GONE:
-            os.kill(top, number)
+            try:
+                os.kill(top, number)
+            except PermissionError:
+                raise BadInput(f"{run.path}: process {top} is another user's") from None
+            except ProcessLookupError:
+                break
             time.sleep(_SECONDS_BETWEEN_SIGNALS)
     return f"sent {signal_name(number)} to process {top}"
 
 
-def _cancelled(job: Job) -> str:
-    refused = slurm.cancel(job.id)
-    if refused is not None:
-        raise BadInput(f"job {job.id} could not be cancelled: {refused}")
-    return f"cancelled job {job.id}" + (", which waited in the queue" if job.waits else "")
+def _cancelled(snapshot: Snapshot) -> str:
+    """Take the run's jobs out of the queue, those that run too: the training, what it waits for, what waits for it."""
+    told = []
+    for job in snapshot.jobs:
+        if job.has_left:
+            continue
+        refused = slurm.cancel(job.id)
+        if refused is not None:
+            raise BadInput(f"job {job.id} could not be cancelled: {refused}")
+        told.append(f"{snapshot.kind(job)} job {job.id}, which {'waited in the queue' if job.waits else 'ran'}")
+    return f"cancelled {' and '.join(told)}"
 
 
 def _job(snapshot: Snapshot) -> Job | None:
-    """The job to tell: the one that runs, else the first one that waits."""
+    """The job to tell: the one that trains or is to train, else another one that is under way."""
     job = snapshot.job
     return job if job is not None and not job.has_left else None
 
@@ -111,7 +129,8 @@ def _wait(looker: Looker) -> Snapshot:
         snapshot = looker.look()
         job = _job(snapshot)
         if not snapshot.state.live and (job is None or job.waits):
-            (Path(looker.path) / STOP_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (Path(looker.path) / STOP_FILE).unlink(missing_ok=True)
             return snapshot
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 

@@ -111,9 +111,10 @@ def chart(
     parts.append(f'<circle class="last" cx="{points[-1]:.1f}" cy="{float(up(smooth[-1:])[0]):.1f}" r="3"/>')
     latest = text(float(smooth[-1]))
     label = Markup.escape(f"{title}: {latest}{unit and ' ' + unit} at step {curve.steps[-1]:,.0f}")
-    notes = ["log scale"] * in_log
+    notes = ["log scale" if wide else "log"] * in_log
     if above:
-        notes.append(f"{above} point{'s' * (above > 1)} above, up to {text(float(high.max()))}")
+        counted = f"{above} point{'s' * (above > 1)} above, " if wide else ""
+        notes.append(f"{counted}up to {text(float(high.max()))}")
     return Chart(
         title=title,
         unit=unit,

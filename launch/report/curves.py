@@ -145,10 +145,14 @@ def curve(steps: Floats, values: Floats, points: int = MAX_POINTS) -> Curve | No
 
 
 def centred_mean(values: Floats, reach: int) -> Floats:
-    """Mean of each value with `reach` others on both sides; with as many as there are near the ends."""
+    """Mean of each value with `reach` others on both sides; near the ends with as many as there are.
+
+    At the beginning as many on both sides, or the steep start of a loss would lean inwards; at the end as many as there
+    are on either, or the last value would be as restless as the curve itself.
+    """
     total = np.cumsum(np.concatenate([[0.0], values]))
     places = np.arange(len(values))
-    # As many on both sides, or the ends would lean inwards.
-    reaches = np.minimum(reach, np.minimum(places, len(values) - 1 - places))
-    mean: Floats = (total[places + reaches + 1] - total[places - reaches]) / (2 * reaches + 1)
+    before = np.minimum(reach, places)
+    after = np.minimum(before, len(values) - 1 - places)
+    mean: Floats = (total[places + after + 1] - total[places - before]) / (before + after + 1)
     return mean

@@ -17,9 +17,8 @@ from launch.report.curves import Floats, Table, curve
 from launch.report.page import Page, Section, differences, rows, shown, write_page
 from launch.report.timeline import Stretch, Timeline, timeline
 from launch.status.events import Event, events
-from launch.status.metrics import Metrics
 from launch.status.run_files import RunFiles, evaluations, read_run, span
-from launch.status.state import judge
+from launch.status.snapshot import Looker
 from pretrain.config import Config, dump_config
 from pretrain.ledger import Ledger
 from pretrain.results import blocks
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 _MAX_INCIDENTS = 2000
 _MAX_EVENTS = 400
 _MAX_MARKS = 60
-_POINTS = 300
+_POINTS, _WIDE_POINTS = 300, 900
 _PARTS = (
     ("loss_text", "text", "nats a token"),
     ("loss_align", "alignment", "nats a pair"),
@@ -61,9 +60,7 @@ def write_run_report(
         BadInput: it is no run directory.
     """
     run = read_run(run_dir, _MAX_INCIDENTS)
-    metrics = Metrics(run_dir / "metrics.jsonl")
-    metrics.poll()
-    state = judge(run, metrics.last)
+    state = Looker(run_dir).look().state
     table = Table.read(run_dir / "metrics.jsonl")
     happened = events(run)
     drawn = _timeline(run, table, happened)
@@ -104,7 +101,7 @@ def _sections(run: RunFiles, table: Table, happened: Sequence[Event]) -> list[Se
     marks = marks[-_MAX_MARKS:]
 
     def draw(name: str, title: str, unit: str = "", wide: bool = False, **how: Any) -> Chart | None:
-        points = 900 if wide else _POINTS
+        points = _WIDE_POINTS if wide else _POINTS
         return chart(table.curve(name, points), title, unit, marks=marks, last_step=last, wide=wide, **how)
 
     losses = [
@@ -213,7 +210,7 @@ def _tiles(
     if len(table):
         of = f" of {run.config.train.max_steps:,}" if run.config is not None else ""
         tiles.append((f"{table.steps[-1]:,.0f}", f"steps{of}, {table.last('samples_seen') or 0:,.0f} samples"))
-        curve_of_loss = table.curve("loss")
+        curve_of_loss = table.curve("loss", _WIDE_POINTS)
         if curve_of_loss is not None:
             tiles.append((f"{curve_of_loss.smooth[-1]:.4g}", "total loss"))
         speed = table.column("samples_per_second")
@@ -224,9 +221,10 @@ def _tiles(
     if drawn is not None and len(run.starts) > 1:
         tiles.append((_share(drawn.training_seconds, drawn.seconds), f"of the {span(drawn.seconds)} since the start"))
     if len(run.starts) > 1 or run.num_incidents:
-        kinds = Counter("odd steps" if each.of_numbers else "faults" for each in run.incidents)
-        told = ", ".join(f"{count} {name}" for name, count in kinds.items())
-        tiles.append((f"{max(0, len(run.starts) - 1)}", f"restarts{told and '; ' + told}"))
+        kinds = Counter("odd step" if each.of_numbers else "fault" for each in run.incidents)
+        told = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in kinds.items())
+        restarts = max(0, len(run.starts) - 1)
+        tiles.append((f"{restarts}", f"restart{'s' * (restarts != 1)}{told and '; ' + told}"))
     return tiles
 
 

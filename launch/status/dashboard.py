@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import sys
@@ -21,13 +22,17 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipelines.errors import BadInput, printable
+from launch.processes import UNINTERRUPTIBLE
 from launch.status.events import Event, events
 from launch.status.metrics import Record, number, values
-from launch.status.run_files import RankBeat, span
+from launch.status.run_files import ALIVE, RankBeat, span
 from launch.status.snapshot import Looker, Snapshot
+from launch.status.spark import column_means
 from launch.status.tables import COLOURS, PARTS, Curve, badge, bar, details, ending, facts, for_the_eye, rate, steps
 
 _WIDE = 96
+# About as many as a curve is wide: what its ends are called depends little on it.
+_COLUMNS = 48
 _SECONDS_BETWEEN_KEYS = 0.2
 _STILL_SECONDS = 5.0
 _MARKS = {
@@ -54,7 +59,7 @@ class Dashboard:
         curves, below = Layout(name="curves"), Layout(name="below")
         wide = width >= _WIDE
         # Two columns have the curves of losses and of speed side by side, one has them one below the other.
-        tall = max(1, min(7, height - 26)) if wide else 1
+        tall = max(1, min(12, height - 25)) if wide else 1
         losses, speed = _losses(snapshot, tall + 1), _speed(snapshot, tall)
         rows = tall + 7
         about = Panel(self._facts(snapshot), title="run", title_align="left", border_style=_BORDER)
@@ -82,7 +87,7 @@ class Dashboard:
         )
         why = printable(snapshot.state.why or ending(snapshot) or "")
         epoch = number((snapshot.metrics.last or {}).get("epoch"))
-        told = Table.grid(expand=True)
+        told = Table.grid(expand=True, padding=(0, 1))
         told.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         told.add_column(no_wrap=True, justify="right")
         told.add_row(Text.assemble(badge(snapshot), f"  {why}"), Text("" if epoch is None else f"epoch {epoch:.2f}"))
@@ -119,6 +124,8 @@ class Dashboard:
             text = Text(f"{beat.phase}, step {beat.step:,}" if beat.step else beat.phase)
             if still >= _STILL_SECONDS:
                 text.append(f", for {span(still)}", style="yellow")
+            if beat.process != ALIVE and (still >= _STILL_SECONDS or beat.process != UNINTERRUPTIBLE):
+                text.append(f", {beat.process}", style="bold red")
             yield f"rank {beat.rank}", text
         if len(beats) > 8:
             yield "", Text(f"and {len(beats) - 8} more ranks on this host", style=_BORDER)
@@ -150,7 +157,7 @@ def show(looker: Looker, every_seconds: float) -> None:
                         live.update(dashboard.render(snapshot, *size), refresh=True)
                     continue
             break
-    console.print(details(snapshot))
+    console.print(details(snapshot, console.width))
 
 
 class _Watcher(threading.Thread):
@@ -235,11 +242,12 @@ def _curves(
     table.add_column(ratio=1)
     table.add_column(no_wrap=True, justify="right")
     for field, label in names:
-        given = values(records, field)
+        given: Sequence[float | None] = values(records, field)
         known = [value for value in given if value is not None]
         if not known:
             continue
-        if logarithmic and (drawn := for_the_eye(given)) is not given:
+        in_log = logarithmic and (drawn := for_the_eye(given)) is not given
+        if in_log:
             given = drawn
             title += ", log scale" * ("log scale" not in title)
         height = heights.get(field, 1)
@@ -247,11 +255,24 @@ def _curves(
         shown = f"{latest:.0%}" if field == "data_wait_fraction" else text(latest)
         bad = field == "data_wait_fraction" and latest > 0.2
         table.add_row(
-            Text(label, style="bold" if height > 1 else ""),
+            _label(label, height, given, in_log, (floors or {}).get(field)),
             Curve(given, height, "red" if bad else "cyan", (floors or {}).get(field)),
             Text.assemble((shown, "bold red" if bad else "bold"), f" {_trend(known)}"),
         )
     return Panel(table, title=title, title_align="left", border_style=_BORDER)
+
+
+def _label(name: str, height: int, drawn: Sequence[float | None], in_log: bool, floor: float | None) -> Text:
+    """What a curve is, and where it is high enough also the values at its top and its bottom."""
+    text = Text(name, style="bold" if height > 1 else "")
+    if height < 4:
+        return text
+    columns = [value for value in column_means(drawn, _COLUMNS) if value is not None]
+    low, high = min(columns) if floor is None else floor, max(columns)
+    low, high = (math.exp(low), math.exp(high)) if in_log else (low, high)
+    text.append(f"\n{_short(high)}", style=f"not bold {_BORDER}")
+    text.append("\n" * (height - 2) + _short(low), style=f"not bold {_BORDER}")
+    return text
 
 
 def _trend(known: Sequence[float]) -> str:

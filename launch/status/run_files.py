@@ -27,7 +27,9 @@ from pretrain.stopping import STOP_FILE
 JOBS_FILE = "job.json"
 """What `triptych submit` leaves: `{"jobs": [{"id", "name", "kind", "submitted", "script"}]}`."""
 _MARKS = ("run.json", OWNER_FILE, JOBS_FILE, "checkpoints", "metrics.jsonl")
+_FILES = ("config.yaml", *_MARKS, "checkpoints.jsonl", "logs", "eval")
 _INCIDENT = re.compile(r"incident-\d{8}[T-]\d{6}-(?P<kind>[a-z_]+)-(?:step-)?\d+\.json")
+ALIVE = "alive"
 _NUMBERS = ("loss_not_finite", "gradient_not_finite", "loss_spike", "gradient_spike")
 
 
@@ -60,6 +62,8 @@ class RankBeat:
     step: int
     count: int
     """Beats so far: one that stands still does not count on."""
+    process: str = ALIVE
+    """What the system says of its process: alive, stopped, in an uninterruptible wait, gone."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class RunFiles:
     """Whether a STOP file is there."""
     quarantined: int
     """Samples that could not be read."""
+    unreadable: list[str] = field(default_factory=list)
+    """Files that are there and may not be read."""
     beats: list[RankBeat] = field(default_factory=list)
     """Of the ranks of this host, where they can be seen."""
 
@@ -147,9 +153,12 @@ def read_run(path: Path, num_incidents: int = 12) -> RunFiles:
     """
     if not path.is_dir():
         raise BadInput(f"{path}: no such run directory")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise BadInput(f"{path}: may not be read by this user")
     if not looks_like_a_run(path):
         raise BadInput(f"{path}: not a run directory (no config.yaml with run.json or checkpoints/ beside it)")
-    owner = read_owner(path)
+    unreadable = [name for name in _FILES if (path / name).exists() and not os.access(path / name, os.R_OK)]
+    owner = read_owner(path) if OWNER_FILE not in unreadable else None
     found = _incident_files(path)
     jobs = [job for job in _object(path / JOBS_FILE).get("jobs", []) if isinstance(job, dict)]
     return RunFiles(
@@ -167,6 +176,7 @@ def read_run(path: Path, num_incidents: int = 12) -> RunFiles:
         results=_object(path / "eval" / "results.json") or None,
         stop_asked=(path / STOP_FILE).exists(),
         quarantined=_count_lines(path / "quarantine.jsonl"),
+        unreadable=unreadable,
         beats=_beats(owner),
     )
 
@@ -184,12 +194,13 @@ def runs_below(folder: Path, depth: int = 3) -> list[Path]:
     for _ in range(depth + 1):
         below: list[Path] = []
         for each in level:
-            if looks_like_a_run(each):
-                found.append((_last_written(each), each))
-                continue
             try:
-                below += [entry for entry in sorted(each.iterdir()) if _may_hold_runs(entry)]
+                if looks_like_a_run(each):
+                    found.append((_last_written(each), each))
+                else:
+                    below += [entry for entry in sorted(each.iterdir()) if _may_hold_runs(entry)]
             except OSError:
+                # Not ours to look into.
                 continue
         level = below
     return [path for _, path in sorted(found, key=lambda each: -each[0])]
@@ -263,7 +274,11 @@ def _beats(owner: Record | None) -> list[RankBeat]:
         return []
     ranks = sorted(int(file.name[5:]) for file in folder.glob("rank-?????") if file.name[5:].isdigit())
     beats: list[tuple[int, Beat | None]] = [(rank, read_beat(folder, rank)) for rank in ranks]
-    return [RankBeat(rank, beat.phase, beat.step, beat.count + beat.ticks) for rank, beat in beats if beat is not None]
+    return [
+        RankBeat(rank, beat.phase, beat.step, beat.count + beat.ticks, state(beat.pid))
+        for rank, beat in beats
+        if beat is not None
+    ]
 
 
 def _written(checkpoint: Path) -> float:

@@ -1,7 +1,8 @@
 """What Slurm says of a job: squeue while it is in the queue, sacct or scontrol once it has left it.
 
 Only formats that Slurm documents as stable are read (`-o`, `--parsable2`), with what a user may have named last. Where
-there is no Slurm, or it does not answer, there is no answer here either: status goes on without.
+there is no Slurm, or it does not answer, there is no answer here either: status goes on without. Without accounting
+Slurm forgets a job some minutes after its end (MinJobAge), and then says nothing of it at all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from dataclasses import dataclass, replace
 _SECONDS_TO_ANSWER = 10.0
 _SQUEUE = ("%i", "%T", "%r", "%D", "%N", "%S", "%e", "%L", "%l", "%E", "%j")
 _SACCT = ("JobID", "State", "ExitCode", "NNodes", "NodeList", "Start", "End", "Timelimit", "JobName")
-_LEFT = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+FORGOTTEN = "FORGOTTEN"
+"""Our word for the state of a job that Slurm does not know any more."""
+_LEFT = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"),
+    *("PREEMPTED", "REVOKED", FORGOTTEN),
+)
+_WAITING = (
+    *("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD", "SUSPENDED"),
+    "CONFIGURING",
+)
 _JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
 
 
@@ -50,7 +60,7 @@ class Job:
     @property
     def waits(self) -> bool:
         """Whether it waits for its nodes."""
-        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING")
+        return self.state in _WAITING
 
     @property
     def has_left(self) -> bool:
@@ -68,34 +78,29 @@ def is_there() -> bool:
     return shutil.which("squeue") is not None
 
 
-def jobs(ids: Sequence[str]) -> list[Job]:
-    """Those of the jobs that Slurm still knows of, in the order of `ids`; none where it does not answer."""
+def jobs(ids: Sequence[str]) -> list[Job] | None:
+    """The jobs as Slurm knows them, in the order of `ids`; those that it has forgotten say so.
+
+    Returns:
+        None where there is no Slurm or it does not answer.
+    """
     wanted = [each for each in ids if is_job_id(each)]
-    if not wanted or not is_there():
+    if not wanted:
         return []
-    text = "\n".join(
-        _ask("squeue", "--noheader", "--states=all", f"--jobs={each}", f"--format={'|'.join(_SQUEUE)}")
-        for each in _in_one(wanted)
-    )
-    found = {job.id: job for job in squeue_jobs(text)}
+    queue = _ask("squeue", "--noheader", "--states=all", f"--jobs={_several(wanted)}", f"--format={'|'.join(_SQUEUE)}")
+    if queue is None:
+        return None
+    found = {job.id: _completed(job) for job in squeue_jobs(queue)}
     missing = [each for each in wanted if each not in found]
     if missing:
         options = ("--noheader", "--parsable2", "--allocations", f"--jobs={','.join(missing)}")
-        found |= {job.id: job for job in sacct_jobs(_ask("sacct", *options, f"--format={','.join(_SACCT)}"))}
-    answers = []
-    for each in wanted:
-        job = found.get(each)
-        shown = _ask("scontrol", "--oneliner", "show", "job", each) if job is None or job.tasks is None else ""
-        if job is not None:
-            answers.append(_completed(job, shown))
-        else:
-            answers += scontrol_jobs(shown)[:1]
-    return answers
+        found |= {job.id: job for job in sacct_jobs(_ask("sacct", *options, f"--format={','.join(_SACCT)}") or "")}
+    return [found.get(each, Job(each, "", FORGOTTEN)) for each in wanted]
 
 
-def _in_one(ids: Sequence[str]) -> list[str]:
+def _several(ids: Sequence[str]) -> str:
     # squeue refuses a single id that has left the queue, and passes over such ids among several.
-    return [",".join([*ids, ids[0]])] if len(ids) == 1 else [",".join(ids)]
+    return ",".join([*ids, ids[0]])
 
 
 def squeue_jobs(text: str) -> list[Job]:
@@ -187,7 +192,7 @@ def command_of(job: str) -> tuple[str, str] | None:
     command, folder = (
         _ask("squeue", "--noheader", "--states=all", f"--jobs={job}", f"--format={what}") for what in ("%o", "%Z")
     )
-    lines = command.splitlines(), folder.splitlines()
+    lines = (command or "").splitlines(), (folder or "").splitlines()
     return (lines[0][0], lines[1][0]) if all(lines) else None
 
 
@@ -195,7 +200,7 @@ def output_of(job: str) -> str | None:
     """Where a job writes what it says; None where Slurm does not know it."""
     if not is_job_id(job) or not is_there():
         return None
-    found = re.findall(r"^ +StdOut=(.*)$", _ask("scontrol", "show", "job", job), re.MULTILINE)
+    found = re.findall(r"^ +StdOut=(.*)$", _ask("scontrol", "show", "job", job) or "", re.MULTILINE)
     return str(found[-1]) if found else None
 
 
@@ -226,10 +231,11 @@ def moment(text: str) -> float | None:
         return None
 
 
-def _completed(job: Job, shown: str) -> Job:
+def _completed(job: Job) -> Job:
     """A job with what only scontrol knows."""
-    for other in scontrol_jobs(shown)[:1]:
-        return replace(job, restarts=other.restarts, exit_code=other.exit_code if job.has_left else "")
+    if job.tasks is None:
+        for other in scontrol_jobs(_ask("scontrol", "--oneliner", "show", "job", job.id) or ""):
+            return replace(job, restarts=other.restarts, exit_code=other.exit_code if job.has_left else "")
     return job
 
 
@@ -259,9 +265,10 @@ def _known(text: str) -> str:
     return "" if text in ("None", "(null)", "Unknown") else text
 
 
-def _ask(*words: str) -> str:
+def _ask(*words: str) -> str | None:
+    """What one of Slurm's commands says; None where it is not there, fails, or takes too long."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS_TO_ANSWER, errors="replace")
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.errors import BadInput
 from launch.status import slurm
 from launch.status.metrics import Metrics, number
 from launch.status.run_files import RunFiles, read_run
 from launch.status.slurm import Job
-from launch.status.state import Progress, State, in_words, judge, progress
+from launch.status.state import Progress, State, judge, progress
+from launch.status.words import in_words, kind_of
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,23 @@ class Snapshot:
     state: State
     progress: Progress
     now: float
+    slurm_is_silent: bool = False
+    """Whether there is a Slurm and jobs to ask it for, and it does not answer."""
 
     @property
     def job(self) -> Job | None:
-        """The job that trains or is to train, else the last one."""
-        running = [job for job in self.jobs if job.state == "RUNNING"]
-        waiting = [job for job in self.jobs if job.waits]
-        return next(iter([*running, *waiting, *reversed(self.jobs)]), None)
+        """The job that trains or is to train, else another one that is under way, else the last one."""
+        under_way = [job for job in self.jobs if not job.has_left]
+        training = [job for job in under_way if self.kind(job) == "pretrain"]
+        return next(iter([*reversed(training), *under_way, *reversed(self.jobs)]), None)
+
+    def kind(self, job: Job) -> str:
+        """What a job is for: build, pretrain, eval or export."""
+        return kind_of(job.id, self.run.jobs)
+
+    def words(self, job: Job) -> str:
+        """What a job does, or how it ended."""
+        return in_words(job, self.jobs, self.run.jobs)
 
     @property
     def last_checkpoint(self) -> tuple[int, float] | None:
@@ -69,7 +82,7 @@ class Snapshot:
             "why": self.state.why,
             "live": self.state.live,
             "job": None if self.job is None else self.job.id,
-            "jobs": [asdict(job) | {"words": in_words(job)} for job in self.jobs],
+            "jobs": [asdict(job) | {"kind": self.kind(job), "words": self.words(job)} for job in self.jobs],
             "nodes": self.nodes,
             "ranks": (self.run.run.get("world_sizes") or [None])[-1],
             "zero_stage": None if config is None else config.engine.zero_stage,
@@ -83,7 +96,7 @@ class Snapshot:
             "learning_rate": number(last.get("lr")),
             "grad_norm": number(last.get("grad_norm")),
             "samples_per_second": self.progress.samples_per_second,
-            "tokens_per_second": number(last.get("tokens_per_second")),
+            "tokens_per_second": self.progress.tokens_per_second,
             "seconds_a_step": self.progress.seconds_a_step,
             "data_wait_fraction": self.progress.data_wait,
             "last_step_time": number(last.get("time")),
@@ -115,7 +128,7 @@ class Looker:
         self._metrics = Metrics(path / "metrics.jsonl")
         self._seconds = seconds_between_questions
         self._asked: tuple[float, tuple[str, ...]] | None = None
-        self._jobs: list[Job] = []
+        self._jobs: list[Job] | None = []
 
     def look(self) -> Snapshot:
         """The run as it is now.
@@ -125,14 +138,34 @@ class Looker:
         """
         run = read_run(self.path)
         self._metrics.poll()
-        jobs = self._ask(run.job_ids)
-        now = time.time()
-        state = judge(run, self._metrics.last, jobs, now)
-        return Snapshot(run, self._metrics, jobs, state, progress(run, self._metrics, state, now), now)
+        return _snapshot(run, self._metrics, self._ask(run.job_ids))
 
-    def _ask(self, ids: Sequence[str]) -> list[Job]:
+    def _ask(self, ids: Sequence[str]) -> list[Job] | None:
         key = tuple(ids)
         if self._asked is None or self._asked[1] != key or time.monotonic() - self._asked[0] >= self._seconds:
             self._jobs = slurm.jobs(ids)
             self._asked = (time.monotonic(), key)
         return self._jobs
+
+
+def look_at_all(paths: Sequence[Path]) -> list[Snapshot]:
+    """Several runs as they are now, with one question to Slurm for all; those that may not be read are left out."""
+    found: list[tuple[RunFiles, Metrics]] = []
+    for path in paths:
+        with contextlib.suppress(BadInput):
+            run, metrics = read_run(path), Metrics(path / "metrics.jsonl")
+            metrics.poll()
+            found.append((run, metrics))
+    asked = slurm.jobs(list(dict.fromkeys(job for run, _ in found for job in run.job_ids)))
+    jobs = None if asked is None else {job.id: job for job in asked}
+    return [
+        _snapshot(run, metrics, None if jobs is None else [jobs[each] for each in run.job_ids if each in jobs])
+        for run, metrics in found
+    ]
+
+
+def _snapshot(run: RunFiles, metrics: Metrics, asked: list[Job] | None) -> Snapshot:
+    now, jobs = time.time(), asked or []
+    state = judge(run, metrics.last, jobs, now)
+    told = progress(run, metrics, state, now)
+    return Snapshot(run, metrics, jobs, state, told, now, bool(run.job_ids) and asked is None and slurm.is_there())

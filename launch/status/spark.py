@@ -27,7 +27,8 @@ def sparkline(
         return [" " * width] * height
     bottom = min(known) if low is None else low
     top = max(known) if high is None else high
-    steps = height * 8
+    # An eighth stays free, or curves below each other would run into one another.
+    steps = height * 8 - 1
     rows = [""] * height
     for value in columns:
         level = 0

@@ -18,15 +18,17 @@ from rich.text import Text
 from data_pipelines.errors import printable
 from launch.status.metrics import number, values
 from launch.status.run_files import ago, span
+from launch.status.slurm import FORGOTTEN, Job
 from launch.status.snapshot import Snapshot
 from launch.status.spark import sparkline
-from launch.status.state import Word, in_words
+from launch.status.state import Word
 
 COLOURS: dict[Word, str] = {
     "new": "cyan",
     "queued": "cyan",
     "starting": "cyan",
     "training": "green",
+    "stalled": "red",
     "stopping": "yellow",
     "restarting": "yellow",
     "silent": "red",
@@ -36,6 +38,7 @@ COLOURS: dict[Word, str] = {
     "killed": "red",
 }
 _LOG_RATIO = 8.0
+_JOBS_SHOWN = 5
 PARTS = ("text", "align", "image", "audio")
 
 
@@ -94,17 +97,24 @@ def bar(snapshot: Snapshot, width: int | None = None) -> ProgressBar:
     """The share of the steps that is done."""
     done = COLOURS[snapshot.state.word]
     return ProgressBar(
-        total=1.0, completed=snapshot.progress.share or 0.0, width=width, complete_style=done, finished_style=done
+        total=1.0,
+        completed=snapshot.progress.share or 0.0,
+        width=width,
+        style="bright_black",
+        complete_style=done,
+        finished_style=done,
     )
 
 
 def facts(snapshot: Snapshot) -> list[tuple[str, RenderableType]]:
     """What there is to say besides progress and curves, as pairs of name and text; empty ones are left out."""
-    run, job, save = snapshot.run, snapshot.job, snapshot.last_checkpoint
+    run, save = snapshot.run, snapshot.last_checkpoint
     config = run.config
     found: list[tuple[str, RenderableType]] = []
-    for each in snapshot.jobs if len(snapshot.jobs) > 1 else [job] if job else []:
-        found.append(("job", _text(f"{each.id} {each.name}: {_of_job(snapshot, each.id)}")))
+    for each in _jobs_to_show(snapshot):
+        found.append(("job", _text(f"{each.id} {each.name}: {_of_job(snapshot, each)}")))
+    if snapshot.slurm_is_silent:
+        found.append(("job", Text(f"{run.job_ids[-1]}: Slurm does not answer", style="yellow")))
     worlds = run.run.get("world_sizes") or []
     if run.starts:
         ranks = f"{worlds[-1]} rank{'s' * (worlds[-1] != 1)}" if worlds else "ranks"
@@ -127,6 +137,8 @@ def facts(snapshot: Snapshot) -> list[tuple[str, RenderableType]]:
         told = f", last {ago(newest.time, snapshot.now)}: {newest.text}" if newest else ""
         where = f" (step {newest.step:,})" if newest and newest.step else ""
         found.append(("incidents", _text(f"{run.num_incidents}{told}{where}")))
+    if run.unreadable:
+        found.append(("unreadable", Text(f"{', '.join(run.unreadable)}: no permission", style="red")))
     if run.quarantined:
         found.append(("bad samples", _text(f"{run.quarantined:,} in {run.path / 'quarantine.jsonl'}")))
     if run.results and run.results.get("zero_shot"):
@@ -139,8 +151,9 @@ def facts(snapshot: Snapshot) -> list[tuple[str, RenderableType]]:
     return found
 
 
-def details(snapshot: Snapshot) -> RenderableType:
-    """Everything about one run."""
+def details(snapshot: Snapshot, width: int) -> RenderableType:
+    """Everything about one run, for a terminal of this width."""
+    across = max(8, min(28, width - 66))
     last = snapshot.metrics.last or {}
     progress = snapshot.progress
     head = Table.grid(padding=(0, 2))
@@ -151,13 +164,13 @@ def details(snapshot: Snapshot) -> RenderableType:
     head.add_row("state", told)
     if progress.max_steps and progress.step:
         line = Table.grid(padding=(0, 2))
-        line.add_row(Text(f"{steps(snapshot)}, {progress.share:.1%}"), bar(snapshot, 28), Text(ending(snapshot)))
+        line.add_row(Text(f"{steps(snapshot)}, {progress.share:.1%}"), bar(snapshot, across), Text(ending(snapshot)))
         head.add_row("step", line)
     loss = number(last.get("loss"))
     if loss is not None:
         known = [(name, number(last.get(f"loss_{name}"))) for name in PARTS]
         parts = "  ".join(f"{name} {value:.3f}" for name, value in known if value is not None)
-        curve = sparkline(for_the_eye(values(snapshot.metrics.overview, "loss")), 28)[0]
+        curve = sparkline(for_the_eye(values(snapshot.metrics.overview, "loss")), across)[0]
         head.add_row("loss", Text.assemble(f"{loss:.4f}  ", (curve, "cyan"), f"  {parts}"))
     if progress.samples_per_second is not None and progress.seconds_a_step is not None:
         head.add_row("speed", _speed(snapshot))
@@ -197,24 +210,30 @@ def overview(snapshots: Sequence[Snapshot]) -> RenderableType:
 
 
 def _speed(snapshot: Snapshot) -> Text:
-    progress, tokens = snapshot.progress, number((snapshot.metrics.last or {}).get("tokens_per_second"))
-    parts = [f"{rate(progress.samples_per_second)} samples/s"]
-    if tokens is not None:
-        parts.append(f"{rate(tokens)} tokens/s")
-    parts.append(f"{progress.seconds_a_step:.3g} s a step")
-    return Text(", ".join(parts))
+    progress = snapshot.progress
+    parts = [
+        (progress.samples_per_second, "samples/s"),
+        (progress.tokens_per_second, "tokens/s"),
+        (progress.seconds_a_step, "s a step"),
+    ]
+    return Text(", ".join(f"{rate(value)} {unit}" for value, unit in parts if value is not None))
 
 
-def _of_job(snapshot: Snapshot, job: str) -> str:
-    each = next(one for one in snapshot.jobs if one.id == job)
-    text = in_words(each)
-    if each.nodes and not each.has_left:
-        text += f" on {each.nodes}"
-    if each.state == "RUNNING" and each.seconds_left is not None:
-        limit = f" of {span(each.limit_seconds)}" if each.limit_seconds else ""
-        text += f", {span(each.seconds_left)}{limit} left"
-    if each.restarts:
-        text += f", requeued {each.restarts} time{'s' * (each.restarts > 1)}"
+def _jobs_to_show(snapshot: Snapshot) -> list[Job]:
+    """Those under way, and the last ones that Slurm still knows."""
+    known = [job for job in snapshot.jobs if job.state != FORGOTTEN]
+    return [job for job in known if not job.has_left or job in known[-_JOBS_SHOWN:]]
+
+
+def _of_job(snapshot: Snapshot, job: Job) -> str:
+    text = snapshot.words(job)
+    if job.nodes and not job.has_left:
+        text += f" on {job.nodes}"
+    if job.state == "RUNNING" and job.seconds_left is not None:
+        limit = f" of {span(job.limit_seconds)}" if job.limit_seconds else ""
+        text += f", {span(job.seconds_left)}{limit} left"
+    if job.restarts:
+        text += f", requeued {job.restarts} time{'s' * (job.restarts > 1)}"
     return text
 
 

@@ -27,6 +27,7 @@ def run_directory(target: str) -> Path:
     """
     path = Path(target)
     if path.is_dir():
+        _check(path)
         return path
     if path.suffix in _CONFIGS and path.is_file():
         folder = Path(load_config(path).run.dir)
@@ -36,6 +37,17 @@ def run_directory(target: str) -> Path:
     if slurm.is_job_id(target):
         return _of_job(target.partition("_")[0])
     raise BadInput(f"{target}: no such run directory; give one, the YAML file of a run, or the number of a Slurm job")
+
+
+def _check(folder: Path) -> None:
+    """Raise `BadInput` with the runs below a folder that is none itself."""
+    try:
+        below = [] if looks_like_a_run(folder) else [str(path) for path in runs_below(folder)]
+    except OSError:
+        return
+    if below:
+        more = f" and {len(below) - 3} more" if len(below) > 3 else ""
+        raise BadInput(f"{folder}: not a run directory; below it are {', '.join(below[:3])}{more}")
 
 
 def _of_job(job: str) -> Path:

@@ -7,10 +7,12 @@ the plan says, and with a log that tells what happened.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -57,6 +59,13 @@ def log(folder: Path, job: int) -> str:
     return (folder / "run" / "logs" / f"slurm-{job}.log").read_text()
 
 
+def status(cluster: Cluster, folder: Path, target: str = "run") -> dict[str, Any]:
+    """What `triptych status` says on the login machine."""
+    done = cluster.triptych("status", target, "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
 def check_ledger(cluster: Cluster, folder: Path) -> None:
     """Every step consumed what the plan says, each sample once an epoch."""
     done = cluster.triptych("ledger", "run", "--verify", cwd=folder)
@@ -81,6 +90,9 @@ def test_a_run_saves_before_its_time_limit_and_goes_on(
     (job,) = submit(cluster, tmp_path, "--nodes", "2")
     until(lambda: steps_done(tmp_path) >= 3, "the third step")
     check_no_secret(cluster, tmp_path, job)
+    found = status(cluster, tmp_path, str(job))
+    assert (found["state"], found["job"], found["nodes"]) == ("training", str(job), "node[1-2]"), found
+    assert found["step"] >= 3 and found["jobs"][0]["seconds_left"] > 0
     # No environment of a process of the job has it either.
     ranks = [
         each
@@ -98,6 +110,8 @@ def test_a_run_saves_before_its_time_limit_and_goes_on(
     soon = f"TimeLimit={60 * int(hours) + int(minutes) + 2}"
     assert cluster.run(*limit, soon, cwd=tmp_path).returncode == 0
     until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
+    found = status(cluster, tmp_path)
+    assert found["jobs"][0]["restarts"] == 1 and found["state"] in ("queued", "starting", "training"), found
     assert cluster.run(*limit, "TimeLimit=30", cwd=tmp_path).returncode == 0
     cluster.wait(job, "COMPLETED", seconds=800)
 
@@ -118,6 +132,9 @@ def test_a_run_saves_before_its_time_limit_and_goes_on(
     for rank in (0, 1):
         own = (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()
         assert "== start 1 of the run" in own and f"== start 2 of the run, on node{rank + 1}" in own
+    found = status(cluster, tmp_path)
+    assert (found["state"], found["restarts"]) == ("done", 1), found
+    assert "start 2: 2 nodes" in cluster.triptych("logs", str(job), "-n", "1000", cwd=tmp_path).stdout
     (noted,) = json.loads((tmp_path / "run" / "job.json").read_text())["jobs"]
     assert (noted["id"], noted["kind"]) == (job, "pretrain")
     assert (tmp_path / "run" / "jobs" / "001" / "config.yaml").is_file()
@@ -142,6 +159,10 @@ def test_a_failed_build_cancels_what_waits_for_it(cluster: Cluster, tmp_path: Pa
     cluster.wait(jobs[1], "FAILED")
     for job in jobs[2:]:
         assert cluster.wait(job, "CANCELLED")["Restarts"] == "0"
+    found = status(cluster, tmp_path)
+    cancelled = rf"job {jobs[2]}: cancelled: build job {jobs[1]} failed with \d+"
+    assert found["state"] == "failed" and re.fullmatch(cancelled, found["why"]), found
+    assert [job["kind"] for job in found["jobs"]] == kinds
     assert "sounds/gone.flac" in (tmp_path / "run" / "logs" / f"build-{jobs[1]}.log").read_text()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -234,10 +255,16 @@ def test_with_min_nodes_a_run_goes_on_with_what_is_left(
 
 
 @pytest.mark.soak
-def test_a_file_named_stop_ends_a_job_for_good(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [False, True])
+def test_a_file_named_stop_and_the_command_end_a_job_for_good(cluster: Cluster, tmp_path: Path, command: bool) -> None:
     whole_run(tmp_path)
     (job,) = submit(cluster, tmp_path, "--nodes", "2")
     until(lambda: steps_done(tmp_path) >= 3, "the third step")
-    (tmp_path / "run" / "STOP").touch()
+    if command:
+        stop = cluster.triptych("stop", "run", cwd=tmp_path, timeout=400)
+        assert stop.returncode == 0 and "triptych: stopped: at step" in stop.stderr, stop.stderr
+    else:
+        (tmp_path / "run" / "STOP").touch()
     done = cluster.wait(job, "FAILED")
     assert (done["ExitCode"], done["Restarts"]) == ("75:0", "0"), log(tmp_path, job)
+    assert not (tmp_path / "run" / "STOP").exists()

@@ -169,7 +169,7 @@ def test_the_numbers_are_there(page: tuple[str, Parsed]) -> None:
     for number in ("81.2 %", "62.5 %", "1.250", "1.125", "25.0 %", "59", "30 s", "torch 1.2.3", "2 then 1", "seed 0"):
         assert number in text, number
     assert "Empty" not in text and "sounds named" not in text and "nothing 2.000 9" in text
-    assert "train.max_steps 60" in text and "restarts; 1 odd steps" in text
+    assert "train.max_steps 60" in text and "restart; 1 odd step" in text
     # 29.5 of some 59 seconds were steps.
     assert "50 % of the time went into steps that count" in text
 
@@ -209,7 +209,9 @@ def test_a_spike_neither_vanishes_nor_flattens_the_rest() -> None:
     assert found.high.max() == 400 and found.low.min() == pytest.approx(1, abs=1e-3)
     assert (np.diff(found.steps) > 0).all() and found.steps[-1] == 300_000
     drawn = chart(found, "loss")
-    assert drawn is not None and drawn.note == "1 point above, up to 400"
+    assert drawn is not None and drawn.note == "up to 400"
+    wide = chart(found, "loss", wide=True)
+    assert wide is not None and wide.note == "1 point above, up to 400"
     assert (
         max(
             float(text.text) for text in ElementTree.fromstring(str(drawn.svg)).iter("text") if "." in (text.text or "")
@@ -230,7 +232,7 @@ def test_what_a_thinned_curve_keeps() -> None:
 def test_a_logarithmic_scale_where_values_spread() -> None:
     steps = np.arange(1.0, 101)
     drawn = chart(curve(steps, 10 / steps), "loss", log=8)
-    assert drawn is not None and drawn.note == "log scale"
+    assert drawn is not None and drawn.note == "log"
     assert [text.text for text in ElementTree.fromstring(str(drawn.svg)).iter("text")][:3] == ["0.1", "0.2", "0.5"]
     flat = chart(curve(steps, 2 + steps / 100), "loss", log=8)
     assert flat is not None and flat.note == ""
@@ -244,7 +246,7 @@ def test_ticks_and_means() -> None:
     assert nice_ticks(3, 3) == [3]
     assert [round(10**tick, 6) for tick in log_ticks(math.log10(0.3), math.log10(6))] == [0.2, 0.5, 1, 2, 5, 10]
     assert log_ticks(-3.5, 9.2) == [-4, -1, 2, 5, 8, 11]
-    assert centred_mean(np.array([1.0, 2, 9, 4, 5]), 1).tolist() == [1, 4, 5, 6, 5]
+    assert centred_mean(np.array([1.0, 2, 9, 4, 5]), 1).tolist() == [1, 4, 5, 6, 4.5]
 
 
 def test_steps_that_were_done_again_count_once(tmp_path: Path) -> None:

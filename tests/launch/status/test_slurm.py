@@ -7,7 +7,7 @@ import time
 import pytest
 
 from launch.status.slurm import Job, duration, is_job_id, moment, sacct_jobs, scontrol_jobs, squeue_jobs
-from launch.status.state import in_words
+from launch.status.words import in_words
 from tests.launch.status import slurm_said
 
 
@@ -39,10 +39,14 @@ def test_an_array_is_one_job_that_has_failed_when_a_task_has() -> None:
 
 def test_a_failed_job_cancels_what_depends_on_it_and_that_is_said() -> None:
     jobs = by_id(squeue_jobs(slurm_said.SQUEUE_EARLY))
-    assert in_words(jobs["3"]) == "cancelled: afterok:2(failed) did not succeed"
-    assert in_words(jobs["4"]) == "waits for afterok:1(unfulfilled)"
+    assert in_words(jobs["3"]) == "cancelled: job 2 did not succeed"
+    assert in_words(jobs["3"], list(jobs.values())) == "cancelled: job 2 failed"
+    assert in_words(jobs["4"]) == "waits for job 1"
     assert in_words(jobs["6"]).startswith("waits for nodes, expected to start at ")
-    assert in_words(by_id(squeue_jobs(slurm_said.SQUEUE_END))["4"]) == "cancelled: afterok:1(failed) did not succeed"
+    assert in_words(by_id(squeue_jobs(slurm_said.SQUEUE_END))["4"]) == "cancelled: job 1 did not succeed"
+    left = by_id(sacct_jobs(slurm_said.SACCT_END))
+    submitted = [{"id": 2, "kind": "build"}, {"id": 3, "kind": "pretrain", "after": [2]}]
+    assert in_words(left["3"], list(left.values()), submitted) == "cancelled: build job 2 failed with 3"
 
 
 def test_jobs_that_have_left_the_queue() -> None:
@@ -57,7 +61,7 @@ def test_jobs_that_have_left_the_queue() -> None:
 def test_a_job_in_full_with_a_name_that_looks_like_fields() -> None:
     (job,) = scontrol_jobs(slurm_said.SCONTROL_REQUEUED)
     assert (job.id, job.name, job.state, job.restarts) == ("1", "a|b JobState=X", "PENDING", 1)
-    assert job.reason == "BeginTime" and in_words(job).startswith("was put back into the queue")
+    assert job.reason == "BeginTime" and in_words(job).startswith("waits for the time at which it may start")
     spoofed = slurm_said.SCONTROL_REQUEUED.replace("Command=", "Command=JobState=COMPLETED Restarts=9 ")
     assert scontrol_jobs(spoofed) == [job]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,12 +17,14 @@ import pytest
 
 from data_pipelines.errors import BadInput
 from launch.incident import Incident, Log, report
-from launch.status.run_files import read_run, runs_below, span
-from launch.status.slurm import Job
+from launch.status.run_files import RankBeat, read_run, runs_below, span
+from launch.status.slurm import FORGOTTEN, Job
 from launch.status.snapshot import Looker, Snapshot
 from launch.status.state import State, judge
 from launch.status.target import run_directory, run_of_command
+from launch.status.words import in_words
 from pretrain.owner import OWNER_FILE, Owner, read_owner
+from tests.faults.harness import ENVIRONMENT
 
 CONFIG = "run: {dir: %s, name: small}\ndata: {train: d, global_batch: 8}\ntrain: {max_steps: 100, warmup_steps: 1}\n"
 
@@ -43,13 +46,13 @@ def owned(run: Path) -> Iterator[Path]:
 
 def started(run: Path, *steps: int) -> None:
     starts = [
-        {"time": time.time() - 50 + i, "step": step, "host": "here", "device": "cpu"} for i, step in enumerate(steps)
+        {"time": time.time() + i / 1000, "step": step, "host": "here", "device": "cpu"} for i, step in enumerate(steps)
     ]
     (run / "run.json").write_text(json.dumps({"run_id": "r", "starts": starts, "world_sizes": [2] * len(steps)}))
 
 
-def trained(run: Path, last: int, seconds: float = 0.5) -> None:
-    now = time.time()
+def trained(run: Path, last: int, seconds: float = 0.5, ago: float = 0.0) -> None:
+    now = time.time() - ago
     lines: list[dict[str, Any]] = [
         {
             "step": step,
@@ -61,6 +64,14 @@ def trained(run: Path, last: int, seconds: float = 0.5) -> None:
         for step in range(1, last + 1)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def owned_otherwise(run: Path, **facts: Any) -> None:
+    """Another owner's record, in a file of its own: a test's owner goes on writing into the other."""
+    record = read_owner(run)
+    assert record is not None
+    (run / "new").write_text(json.dumps(asdict(replace(record, **facts))).ljust(1023) + "\n")
+    os.replace(run / "new", run / OWNER_FILE)
 
 
 def look(run: Path) -> Snapshot:
@@ -111,17 +122,38 @@ def test_a_stop_file_shows_until_the_ranks_have_obeyed(owned: Path) -> None:
 
 
 def test_an_owner_elsewhere_is_silent_when_its_heartbeat_stands_still(owned: Path) -> None:
-    record = read_owner(owned)
-    assert record is not None
     started(owned, 0)
     trained(owned, 5)
     for age, word in ((1.0, "training"), (500.0, "silent")):
-        elsewhere = replace(record, host="node7", boot_id="another", heartbeat=time.time() - age)
-        # A file of its own, for the owner of this test goes on writing its heartbeat into the other one.
-        (owned / "new").write_text(json.dumps(asdict(elsewhere)).ljust(1023) + "\n")
-        os.replace(owned / "new", owned / OWNER_FILE)
+        owned_otherwise(owned, host="node7", boot_id="another", heartbeat=time.time() - age)
         assert look(owned).state.word == word
     assert look(owned).state.why.startswith("no sign of life from host node7 for 8 min")
+
+
+def test_without_a_step_for_long_it_has_stalled_unless_it_evaluates(owned: Path) -> None:
+    started(owned, 0)
+    raw = json.loads((owned / "run.json").read_text())
+    raw["starts"][0]["time"] -= 3600
+    (owned / "run.json").write_text(json.dumps(raw))
+    an_hour_ago = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(time.time() - 3600))
+    owned_otherwise(owned, since=an_hour_ago)
+    for ago, word in ((50, "training"), (200, "stalled")):
+        trained(owned, 10, ago=ago)
+        assert look(owned).state.word == word
+    state = look(owned).state
+    assert state.live and state.why.startswith("no step for 3 min 20 s, where the last one took 0.1 s")
+    assert "ended after 10 min" in state.why and look(owned).as_json()["seconds_left"] is None
+    # It evaluates every 5 steps; the ranks themselves cannot be seen.
+    with (owned / "config.yaml").open("a") as file:
+        file.write("evaluation: {every_steps: 5}\n")
+    assert look(owned).state == State("training", "evaluating, it seems, 3 min 20 s after step 10")
+    trained(owned, 11, ago=200)
+    assert look(owned).state.word == "stalled"
+    beat = RankBeat(1, "evaluate", 11, 5)
+    last = {"step": 11, "time": time.time() - 200, "step_seconds": 0.1}
+    assert judge(replace(read_run(owned), beats=[beat]), last).word == "training"
+    stopped = replace(beat, phase="backward", process="stopped")
+    assert "; rank 1 is stopped; " in judge(replace(read_run(owned), beats=[stopped]), last).why
 
 
 def test_an_owner_that_has_gone_without_a_word_was_killed(run: Path) -> None:
@@ -172,20 +204,91 @@ def test_all_steps_done_is_done(run: Path) -> None:
     assert look(run).state.word == "done"
 
 
+def submitted(run: Path) -> None:
+    kinds = [(7, "build"), (8, "pretrain"), (9, "eval")]
+    jobs = [{"id": job, "kind": kind, "after": [job - 1] * (job > 7)} for job, kind in kinds]
+    (run / "job.json").write_text(json.dumps({"jobs": jobs}))
+
+
 def test_what_slurm_says_of_its_job(run: Path) -> None:
-    (run / "job.json").write_text(
-        json.dumps({"jobs": [{"id": 7, "kind": "build"}, {"id": 8, "kind": "pretrain"}, {"id": 9, "kind": "eval"}]})
-    )
+    submitted(run)
     files = read_run(run)
     assert files.job_ids == ["7", "8", "9"] and files.training_job_ids == ["8"]
     waits = Job("8", "t", "PENDING", "Priority")
     assert judge(files, None, [waits, Job("9", "e", "PENDING", "Dependency")]) == State(
         "queued", "job 8: waits for jobs of higher priority"
     )
+    waits = Job("8", "t", "PENDING", "Dependency", dependency="afterok:7(unfulfilled)")
+    assert judge(files, None, [waits]) == State("queued", "job 8: waits for build job 7")
     assert judge(files, None, [Job("8", "t", "RUNNING", nodes="node[1-2]")]).word == "starting"
-    cancelled = Job("8", "t", "CANCELLED", "DependencyNeverSatisfied", dependency="afterok:7(failed)")
-    assert judge(files, None, [cancelled]) == State("failed", "job 8: cancelled (DependencyNeverSatisfied)")
-    assert judge(files, None, [Job("8", "t", "TIMEOUT")]).word == "failed"
+    assert judge(files, None, [Job("8", "t", "TIMEOUT")]) == State("failed", "job 8: timeout")
+    assert judge(files, None, [Job("8", "t", "PREEMPTED")]) == State("failed", "job 8: preempted")
+    assert judge(files, None, [Job("8", "t", "CANCELLED", "by 0")]) == State("stopped", "job 8: cancelled by root")
+    assert (
+        judge(files, None, [Job("8", "t", "FAILED", exit_code="0:9")]).why == "job 8: failed by signal 9: see the log"
+    )
+    assert judge(files, None, [Job("8", "", FORGOTTEN)]).why.startswith("job 8 has left the queue")
+
+
+def test_a_build_that_failed_is_why_the_training_was_cancelled(run: Path) -> None:
+    submitted(run)
+    files = read_run(run)
+    build = Job("7", "b", "FAILED", exit_code="3:0")
+    why = State("failed", "job 8: cancelled: build job 7 failed with 3")
+    never = Job("8", "t", "CANCELLED", "DependencyNeverSatisfied", dependency="afterok:7(failed)")
+    assert judge(files, None, [build, never]) == why
+    # sacct says neither the reason nor the dependency; job.json does.
+    bare = replace(never, reason="", dependency="")
+    assert judge(files, None, [build, bare]) == why
+    assert in_words(Job("9", "e", "CANCELLED"), [build, bare], files.jobs) == (
+        "cancelled: pretrain job 8 was cancelled: build job 7 failed with 3"
+    )
+    # Without --kill-on-invalid-dep it would wait for ever.
+    stuck = replace(never, state="PENDING")
+    assert judge(files, None, [build, stuck]) == State("failed", "job 8: will never start: build job 7 failed with 3")
+
+
+def test_a_job_that_was_put_back_waits_whatever_its_last_owner_looks_like(owned: Path) -> None:
+    submitted(owned)
+    started(owned, 0)
+    trained(owned, 30)
+    owned_otherwise(owned, host="node7", boot_id="another", job_id="8", job_start=0, heartbeat=time.time() - 60)
+    files, last = read_run(owned), {"step": 30, "time": time.time()}
+    runs = Job("8", "t", "RUNNING", nodes="node[1-2]")
+    assert judge(files, last, [runs]).why == (
+        "no sign of life from host node7 for 1 min, though job 8 runs on node[1-2]"
+    )
+    waits = Job("8", "t", "PENDING", "BeginTime", restarts=1)
+    assert judge(files, last, [waits]) == State(
+        "queued", "job 8, put back 1 time: waits for the time at which it may start; it has come to step 30"
+    )
+    assert judge(files, last, [replace(runs, restarts=1)]) == State("starting", "job 8 runs on node[1-2]")
+    assert judge(files, last, [Job("8", "t", "NODE_FAIL")]) == State("failed", "job 8: node fail, at step 30")
+    assert judge(files, last, [Job("8", "t", "SUSPENDED")]) == State("stalled", "job 8 is suspended by Slurm")
+
+
+def test_between_the_end_of_the_ranks_and_that_of_their_job(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted(run)
+    started(run, 0)
+    trained(run, 30)
+    job = Job("8", "t", "RUNNING", nodes="node1", start=time.time() - 10)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    Log(run).write("end", attempt=1, started=time.time(), status=75)
+    state = judge(read_run(run), {"step": 30}, [job])
+    assert state.word == "stopping" and state.why.startswith("the ranks have ended with 75; job 8 ends")
+    assert judge(read_run(run), {"step": 30}, [replace(job, start=time.time() + 5)]).word == "starting"
+    # A later job that never began says more than how the last start ended.
+    later = Job("18", "t", "CANCELLED", "by 0", end=time.time() + 100)
+    assert judge(read_run(run), {"step": 30}, [later]) == State("stopped", "job 18: cancelled by root, at step 30")
+    assert judge(read_run(run), {"step": 30}, [replace(job, state="COMPLETED")]).why.startswith("at step 30, with a")
+
+
+def test_without_slurm_jobs_are_what_was_submitted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    (run / "job.json").write_text(json.dumps({"jobs": [{"id": 8, "submitted": time.time() - 70}]}))
+    snapshot = look(run)
+    assert snapshot.state == State("new", "job 8 was submitted 1 min 10 s ago, and Slurm cannot be asked from here")
+    assert not snapshot.slurm_is_silent and snapshot.as_json()["jobs"] == []
 
 
 def test_a_run_that_has_not_begun_takes_its_config_from_its_job(tmp_path: Path) -> None:
@@ -215,6 +318,31 @@ def test_torn_and_foreign_files_say_nothing(run: Path) -> None:
     assert snapshot.as_json()["incidents"] == 1 and snapshot.as_json()["last_incident"] is None
 
 
+def test_what_may_not_be_read_is_named(run: Path) -> None:
+    started(run, 0)
+    trained(run, 5)
+    (run / "logs").mkdir()
+    (run / "logs" / "rank-0.log").write_text("x\n")
+    for name in ("metrics.jsonl", "run.json", "logs/rank-0.log"):
+        (run / name).chmod(0)
+
+    def triptych(*words: str) -> subprocess.CompletedProcess[str]:
+        # root may read everything, but for these capabilities.
+        lesser = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+        command = [*lesser, sys.executable, "-c", "from launch.cli import main; main()", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+
+    assert re.search(r"unreadable +run.json, metrics.jsonl: no permission", triptych("status", str(run)).stdout)
+    logs = triptych("logs", str(run))
+    assert logs.returncode == 2 and logs.stderr == f"error: {run}/logs/rank-0.log: may not be read by this user\n"
+    (run / "logs").chmod(0)
+    assert triptych("logs", str(run)).stderr == f"error: {run}/logs: may not be read by this user\n"
+    run.chmod(0)
+    status = triptych("status", str(run))
+    assert status.returncode == 2 and status.stderr == f"error: {run}: may not be read by this user\n"
+    run.chmod(0o755)
+
+
 def test_which_run_is_meant(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started(run, 0)
     (tmp_path / "c.yaml").write_text(CONFIG % run)
@@ -230,6 +358,8 @@ def test_which_run_is_meant(run: Path, tmp_path: Path, monkeypatch: pytest.Monke
             run_directory(wrong)
     with pytest.raises(BadInput, match="not a run directory"):
         read_run(tmp_path)
+    with pytest.raises(BadInput, match=f"{tmp_path}: not a run directory; below it are {run}"):
+        run_directory(str(tmp_path))
 
 
 def test_the_run_of_a_job_that_was_submitted_by_hand(tmp_path: Path) -> None:
