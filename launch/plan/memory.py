@@ -8,7 +8,7 @@ buckets and temporaries come and go, what gloo copies, and what the C library's 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from launch.plan.passes import Pass
@@ -26,6 +26,7 @@ PARTS = (
     "logits",
     "contrastive gather",
     "temporaries",
+    "checkpoint copy",
 )
 """What memory is for, in the order of a bar."""
 
@@ -39,6 +40,7 @@ USABLE_SHARE = 0.94
 # DeepSpeed's defaults, which the engine leaves alone.
 _MOST_LIVE_ELEMENTS = 1_000_000_000
 _PLAIN_BUCKET_ELEMENTS = 500_000_000
+_LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class RankMemory:
     device: dict[str, float]
     """By `PARTS`; on a CPU all there is."""
     host: float
-    """Beside a device: optimizer state and weights that are offloaded."""
+    """Beside a device: what is offloaded, and the copy that a save makes."""
 
     @property
     def total(self) -> float:
@@ -161,7 +163,9 @@ def _state(layout: Layout, parameters: Parameters) -> tuple[dict[str, float], fl
         "moments": moments,
         "gradients": 4 * share if sharded else 0.0,
     }
-    host = 0.0
+    copied_state = _checkpoint_copy(layout, parameters)
+    host = copied_state if layout.is_gpu else 0.0
+    state["checkpoint copy"] = 0.0 if layout.is_gpu else copied_state
     if layout.offload_optimizer:
         host += max(master, 4 * share) + moments + 4 * share + (0 if sharded else layout.element_bytes * share)
         state["fp32 weights"] = state["moments"] = state["gradients"] = 0.0
@@ -170,6 +174,13 @@ def _state(layout: Layout, parameters: Parameters) -> tuple[dict[str, float], fl
         host += weights
         state["weights"] = 0.0
     return state, host
+
+
+def _checkpoint_copy(layout: Layout, parameters: Parameters) -> float:
+    """The copy that a save makes on rank 0 and keeps for the next one: its share of the optimizer, and the weights."""
+    optimizer = 12 if layout.zero_stage else 8
+    whole = 0 if layout.zero_stage == 3 else layout.element_bytes * parameters.total
+    return whole + optimizer * parameters.total / (layout.world_size if layout.zero_stage else 1)
 
 
 def _gathered(layout: Layout, parameters: Parameters) -> float:
@@ -257,10 +268,21 @@ HEAP_SHARE = 0.0
 """Share of a pass's activations that stays resident after it on a CPU; measured."""
 
 
-def largest_micro_batch(most: Sequence[tuple[int, float]], limit: float) -> int:
-    """Largest micro-batch within `limit` bytes, by a line through (micro-batch, bytes); 0 when not even one fits."""
-    (small, low), (large, high) = sorted(most)[0], sorted(most)[-1]
-    slope = (high - low) / max(1, large - small)
-    if low - slope * (small - 1) > limit:
-        return 0
-    return int(small + (limit - low) / slope) if slope > 0 else large
+def largest_micro_batch(bytes_of: Callable[[int], float], share: int, limit: float) -> int:
+    """Largest micro-batch within `limit` bytes, 0 when not even one fits.
+
+    Args:
+        bytes_of: memory by micro-batch; it grows up to `share` - 1, where a step has several, and from `share` on.
+        share: samples a rank has in a step.
+        limit: bytes.
+    """
+    if bytes_of(share) <= limit:
+        low, high = share, min(2 * share, _LARGEST)
+        while high < _LARGEST and bytes_of(high) <= limit:
+            low, high = high, min(2 * high, _LARGEST)
+    else:
+        low, high = 0, share
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bytes_of(middle) <= limit else (low, middle)
+    return low

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from data_pipelines.errors import BadInput
 from launch.plan.trace import Shapes
 from pretrain.config import Config
-from pretrain.model.omni import OmniPretrainer, Plan
+from pretrain.model import backbones
+from pretrain.model.omni import OmniPretrainer, Plan, make_heads, special_tokens
 from pretrain.objectives import joint
 from pretrain.objectives.align import Embeddings, align_loss
 
@@ -72,15 +75,15 @@ class Pass:
 
     def flops_of(self, work: Work) -> float:
         """FLOPs of another micro-batch, each part's by its unit."""
-        forward = sum(
-            flops * getattr(work, part) / max(1, getattr(self.work, part)) for part, flops in self.forward_flops.items()
-        )
-        return forward * self.flops / max(1, sum(self.forward_flops.values()))
+        return self.forward_flops_of(work) * self.flops / max(1, sum(self.forward_flops.values()))
 
     def forward_flops_of(self, work: Work) -> float:
         """The same of a forward pass alone."""
-        return sum(
-            flops * getattr(work, part) / max(1, getattr(self.work, part)) for part, flops in self.forward_flops.items()
+        return float(
+            sum(
+                flops * getattr(work, part) / max(1, getattr(self.work, part))
+                for part, flops in self.forward_flops.items()
+            )
         )
 
 
@@ -92,7 +95,7 @@ class ShapeModel:
         self._world_size = world_size
         self._shapes = Shapes()
         with self._shapes:
-            self.model = OmniPretrainer.build(config, tokenizer)
+            self.model = _build(config, tokenizer)
             if config.engine.precision == "bf16":
                 _to_bf16(self.model)
         self.model.train()
@@ -106,7 +109,10 @@ class ShapeModel:
         """Recompute activations in the backward pass, or keep them."""
         backbone: Any = self.model.backbone
         if on:
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with warnings.catch_warnings():
+                # Of a new name that older transformers do not have.
+                warnings.simplefilter("ignore", FutureWarning)
+                backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             backbone.gradient_checkpointing_disable()
 
@@ -137,7 +143,7 @@ class ShapeModel:
             parameter.grad = None
             done += parameter.numel()
 
-        hooks = [parameter.register_post_accumulate_grad_hook(hand_over) for parameter in model.parameters()]
+        hooks = [_when_whole(parameter, hand_over) for parameter in model.parameters()]
         kept, forward = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
         shapes.after_each = see
         try:
@@ -145,14 +151,14 @@ class ShapeModel:
                 bytes_before, flops_before = shapes.live_bytes, shapes.flops
                 output = model(batch, plan)
                 if cached_alignment:
-                    align: Tensor = sum(vector.sum() for vector in output.embeddings.vectors.values())  # type: ignore[assignment]
+                    align = torch.stack([vector.sum() for vector in output.embeddings.vectors.values()]).sum()
                 else:
                     align, _ = align_loss(output.embeddings, config.objectives, self._gather)
                 sums = {"text": output.text, "image": output.image, "audio": output.audio, "align": align}
                 loss = joint.weighted_sum(sums, dict.fromkeys(joint.NAMES, 1), config.losses)
                 kept["alignment"] = shapes.live_bytes - bytes_before - sum(kept.values())
                 forward["alignment"] = shapes.flops - flops_before - sum(forward.values())
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 del output, align, sums, loss
         finally:
             shapes.after_each = lambda: None
@@ -177,7 +183,7 @@ class ShapeModel:
                 one = shapes.fake(1, dtype=torch.float32).requires_grad_()
                 present = {name: torch.ones(share, dtype=torch.bool) for name in names}
                 loss, _ = align_loss(Embeddings(vectors, present, one, one), self.config.objectives, self._gather)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
         finally:
             shapes.after_each = lambda: None
         return most
@@ -189,6 +195,10 @@ class ShapeModel:
         return made
 
 
+def _when_whole(parameter: Tensor, run: Callable[[Tensor], None]) -> Any:
+    return parameter.register_post_accumulate_grad_hook(run)  # type: ignore[no-untyped-call]
+
+
 class _Gathered(torch.autograd.Function):
     """What `pretrain.objectives.align` allocates for a gather, without other ranks: each has what this one has."""
 
@@ -198,8 +208,20 @@ class _Gathered(torch.autograd.Function):
         return torch.cat([x.clone() for _ in range(world_size)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.contiguous().chunk(ctx.world_size)[0], None
+
+
+def _build(config: Config, tokenizer: PreTrainedTokenizerBase) -> OmniPretrainer:
+    """As `OmniPretrainer.build`, but of a pretrained backbone its config alone is read."""
+    if config.model.init_from is None:
+        return OmniPretrainer.build(config, tokenizer)
+    try:
+        native = AutoConfig.from_pretrained(config.model.init_from, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model.init_from: {' '.join(str(error).split())[:200]}") from None
+    backbone = backbones.family(config.model.family).from_config(native, config.model.attention)
+    return OmniPretrainer(backbone, make_heads(config, backbone.config), config, special_tokens(tokenizer))
 
 
 class _marked:

@@ -32,7 +32,7 @@ _DEVICE = torch.ops.prim.device
 _INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index_put)
 
 
-class Shapes(TorchDispatchMode):
+class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operations on fake numbers and real indices, and follows the memory that their results hold.
 
     Inside, `live_bytes` is what all fake tensors made so far and not yet freed take, and `flops` what was multiplied
@@ -40,7 +40,7 @@ class Shapes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live_bytes = 0
         self.flops = 0
