@@ -20,12 +20,12 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from data_pipelines import open_dataset
+from data_pipelines import augment, open_dataset
 from data_pipelines.balance import deal
-from data_pipelines.config import AugmentConfig, DataConfig
+from data_pipelines.config import DataConfig
 from data_pipelines.costs import num_patches, sample_costs, soft_tokens
 from data_pipelines.dataset import Costs, Dataset
-from data_pipelines.decode import DecodeError, decode_text, patch_positions, target_size
+from data_pipelines.decode import DecodeError, decode_text, max_samples, patch_positions, target_size
 from data_pipelines.errors import BadInput
 from data_pipelines.mixture import source_weights
 from data_pipelines.sequence import Picked, SampleSequence
@@ -148,7 +148,7 @@ class Expected:
             dataset, ids = self.datasets[number], picked.sample[here]
             costs = dataset.costs(ids)
             made.width[here], made.height[here] = costs.width, costs.height
-            made.audio_samples[here] = _audio_samples(costs, self.config.data)
+            made.audio_samples[here] = _audio_samples(costs, picked.seed[here], self.config.data)
             made.text_tokens[here] = (
                 np.minimum(self._tokens(dataset, ids), self.config.data.text.max_tokens)
                 if self._counts_tokens
@@ -254,15 +254,15 @@ def _stand_in(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _audio_samples(costs: Costs, config: DataConfig) -> IntArray:
-    """Samples of sound after decoding; augmentation puts half of its longest silence before, on average."""
-    seconds = costs.audio_seconds.astype(np.float64)
-    seconds = np.where(seconds > 0, seconds + _silence(config.augment), 0)
-    return np.floor(np.minimum(seconds, config.audio.max_seconds) * config.audio.sampling_rate).astype(np.int64)
-
-
-def _silence(augment: AugmentConfig) -> float:
-    return augment.audio_shift_seconds / 2
+def _audio_samples(costs: Costs, seeds: IntArray, config: DataConfig) -> IntArray:
+    """Samples of sound after decoding and augmentation."""
+    rate = config.audio.sampling_rate
+    found = np.floor(np.minimum(costs.audio_seconds.astype(np.float64), config.audio.max_seconds) * rate)
+    if config.augment.audio_speed or config.augment.audio_shift_seconds:
+        for place in np.flatnonzero(found).tolist():
+            random = augment.generator(int(seeds[place]), augment.AUDIO_STREAM)
+            found[place] = augment.augmented_samples(int(found[place]), rate, config.augment, random)
+    return np.minimum(found, max_samples(config.audio)).astype(np.int64)
 
 
 def _grid(width: int, height: int, config: DataConfig) -> tuple[int, int]:

@@ -63,6 +63,10 @@ class Pass:
 
     A gradient counts as alive until it is whole, and is handed to ZeRO then.
     """
+    mapped_moments: tuple[tuple[int, int], ...]
+    """The same of storages above `HEAP_BLOCK_BYTES` alone."""
+    heap_moments: tuple[tuple[int, int], ...]
+    """The same of smaller ones."""
     forward_flops: dict[str, int]
     """By part."""
     flops: int
@@ -132,11 +136,16 @@ class ShapeModel:
             ),
             "audio": shapes.fake(len(batch["keys"]), max(1, int(batch["audio_length"].max())), dtype=torch.int16),
         }
-        base, base_flops, done = shapes.live_bytes, shapes.flops, 0
+        base, base_heap, base_flops, done = shapes.live_bytes, shapes.heap_bytes, shapes.flops, 0
         moments: dict[int, int] = {}
+        mapped: dict[int, int] = {}
+        heap: dict[int, int] = {}
 
         def see() -> None:
+            in_heap = shapes.heap_bytes - base_heap
             moments[done] = max(moments.get(done, 0), shapes.live_bytes - base)
+            mapped[done] = max(mapped.get(done, 0), shapes.live_bytes - base - in_heap)
+            heap[done] = max(heap.get(done, 0), in_heap)
 
         def hand_over(parameter: Tensor) -> None:
             nonlocal done
@@ -164,7 +173,15 @@ class ShapeModel:
             shapes.after_each = lambda: None
             for hook in hooks:
                 hook.remove()
-        return Pass(work, kept, tuple(sorted(moments.items())), forward, shapes.flops - base_flops)
+        return Pass(
+            work=work,
+            kept_bytes=kept,
+            moments=tuple(sorted(moments.items())),
+            mapped_moments=tuple(sorted(mapped.items())),
+            heap_moments=tuple(sorted(heap.items())),
+            forward_flops=forward,
+            flops=shapes.flops - base_flops,
+        )
 
     def alignment_bytes(self, share: int) -> int:
         """Most bytes of the contrastive loss of a rank's whole share on its own, with its gradient."""
