@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,20 @@ class Pass:
     def peak_bytes(self) -> int:
         """Most bytes of activations at any time."""
         return max(live for _, live in self.moments)
+
+    def scaled(self, factor: float) -> Pass:
+        """With so many times the activations."""
+
+        def times(moments: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+            return tuple((done, int(live * factor)) for done, live in moments)
+
+        return replace(
+            self,
+            kept_bytes={part: int(size * factor) for part, size in self.kept_bytes.items()},
+            moments=times(self.moments),
+            mapped_moments=times(self.mapped_moments),
+            heap_moments=times(self.heap_moments),
+        )
 
     def flops_of(self, work: Work) -> float:
         """FLOPs of another micro-batch, each part's by its unit."""

@@ -284,9 +284,8 @@ def _options(
 
     def bytes_of(other: Layout, passed: Pass, wanted: int) -> float:
         scale = max(0.0, 1 + slope * (wanted - micro) / seen.passed.peak_bytes)
-        scaled = replace(passed, moments=tuple((done, int(live * scale)) for done, live in passed.moments))
         spread = replace(other, accumulation=max(1, -(-share // wanted)))
-        return rank_memory(spread, seen.parameters, scaled, seen.alignment_bytes).total
+        return rank_memory(spread, seen.parameters, passed.scaled(scale), seen.alignment_bytes).total
 
     found = []
     for other in layout.others():

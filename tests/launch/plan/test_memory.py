@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.plan.memory import Layout, Parameters, RankMemory, largest_micro_batch, rank_memory
+from launch.plan.memory import HEAP_SLACK, Layout, Parameters, RankMemory, largest_micro_batch, rank_memory
 from launch.plan.passes import PARTS, Pass, Work
 
 MILLION = 1_000_000
@@ -16,6 +16,8 @@ PASS = Pass(
     work=Work(1, 1, 1, 1, 1),
     kept_bytes=dict.fromkeys(PARTS, 1_000_000),
     moments=((0, 9_000_000), (500_000, 8_000_000), (MILLION, 1_000_000)),
+    mapped_moments=((0, 4_000_000), (500_000, 4_000_000), (MILLION, 500_000)),
+    heap_moments=((0, 5_000_000), (500_000, 4_000_000), (MILLION, 500_000)),
     forward_flops=dict.fromkeys(PARTS, 10),
     flops=150,
 )
@@ -67,6 +69,18 @@ def test_the_fullest_moment_follows_the_gradients() -> None:
     assert before.moment == "forward and backward"
     assert before.device["gradients"] == 4 * 500_000
     assert sum(before.device[part] for part in ("activations", "logits", "contrastive gather")) == 8_000_000
+
+
+def test_on_a_cpu_the_heap_stays_as_large_as_it_was() -> None:
+    def on_cpu(stage: int) -> dict[str, float]:
+        return plan(zero_stage=stage, element_bytes=4, is_gpu=False).device
+
+    # Under ZeRO 2 a rank keeps an eighth of the gradients, and not among the activations.
+    reduced = on_cpu(2)
+    assert reduced["activations"] >= HEAP_SLACK * 5_000_000 - 2_000_000
+    # Under ZeRO 1 they pile up where the activations go.
+    assert on_cpu(1)["gradients"] >= 4 * MILLION
+    assert sum(on_cpu(1).values()) > sum(reduced.values())
 
 
 def test_every_layout_is_named_and_possible() -> None:
