@@ -131,6 +131,14 @@ def augment_audio(wave: Wave, rate: int, config: AugmentConfig, random: np.rando
     return wave
 
 
+def augmented_samples(num_samples: int, rate: int, config: AugmentConfig, random: np.random.Generator) -> int:
+    """Length of what `augment_audio` makes of so many samples, to one or two, without the sound."""
+    draws = 2 * random.random(5 + _EQUALIZER_POINTS) - 1
+    speed, _, _, shift, _ = draws[:5].tolist()
+    silence = round((shift + 1) / 2 * config.audio_shift_seconds * rate)
+    return max(1, round(num_samples / max(0.1, 1 + speed * config.audio_speed))) + silence
+
+
 def _change_speed(wave: Wave, rate: int, factor: float) -> Wave:
     changed: Wave = soxr.resample(wave, rate * max(0.1, factor), rate, quality="MQ")
     return changed if len(changed) else wave

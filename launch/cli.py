@@ -124,10 +124,15 @@ def plan(
             help="a100-40g, a100-80g, h100-80g, h200-141g, mi300x-192g or cpu; default: what this machine has.",
         ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes; default: slurm.nodes of the config, else 1.")] = None,
     nproc: Annotated[
         int | None,
-        typer.Option("--nproc", "--gpus-per-node", min=1, help="Processes a node; default: 8, or this machine's."),
+        typer.Option(
+            "--nproc",
+            "--gpus-per-node",
+            min=1,
+            help="Processes a node; default: slurm.gpus_per_node, else this machine's, or 8 of a named accelerator.",
+        ),
     ] = None,
     mfu: Annotated[
         float | None, typer.Option(min=0.001, max=1.0, help="Share of the peak speed that training reaches [0.3].")

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipelines.errors import BadInput
-from launch.doctor.finding import size
 from launch.json_output import messages_to_stderr, print_json, say
+from launch.plan.words import amount, count, duration
 from launch.train_command import default_num_processes
 from pretrain.config import Config, load_config
 
@@ -33,15 +33,31 @@ _COLOURS = {
     "logits": "orange3",
     "contrastive gather": "red",
     "temporaries": "bright_black",
+    "checkpoint copy": "dark_goldenrod",
 }
-_BAR_COLUMNS = 60
+# So that bars say the same without colours.
+_LETTERS = {
+    "process": "p",
+    "weights": "W",
+    "gathered weights": "w",
+    "fp32 weights": "F",
+    "moments": "M",
+    "gradients": "G",
+    "buckets": "b",
+    "activations": "A",
+    "logits": "L",
+    "contrastive gather": "C",
+    "temporaries": "t",
+    "checkpoint copy": "s",
+}
+_BAR_COLUMNS = 64
 
 
 def plan_command(
     path: Path,
     overrides: Sequence[str],
     accelerator_name: str | None,
-    num_nodes: int,
+    num_nodes: int | None,
     num_processes: int | None,
     mfu: float | None,
     time_limit: str | None,
@@ -61,9 +77,10 @@ def plan_command(
 
         name = accelerator_name or this_machine()
         if num_processes is None:
-            num_processes = default_num_processes() if accelerator_name is None else (1 if name == "cpu" else 8)
+            num_processes = config.slurm.gpus_per_node or _usual_processes(accelerator_name)
         device = accelerator(name, num_processes)
         limit = parse_time_limit(time_limit if time_limit is not None else config.slurm.time)
+        num_nodes = num_nodes or config.slurm.nodes or 1
         world = num_nodes * num_processes
         problem = divides(config, world)
         if problem is not None:
@@ -83,6 +100,13 @@ def plan_command(
             console.print()
         _verdict(console, plan)
     return not plan.problems
+
+
+def _usual_processes(accelerator_name: str | None) -> int:
+    """Of this machine, or of a node with such accelerators."""
+    if accelerator_name is None:
+        return default_num_processes()
+    return 2 if accelerator_name.lower() == "cpu" else 8
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -108,13 +132,13 @@ def _facts(config: Config, plan: Plan) -> Table:
     table.add_column(overflow="fold")
     device = plan.accelerator
     kind = "GPUs" if device.is_gpu else "processes"
-    parts = ", ".join(f"{part} {_count(number)}" for part, number in plan.parameters.by_part.items())
-    table.add_row("model", f"{config.model.preset}: {_count(plan.parameters.total)} parameters ({parts})")
+    parts = ", ".join(f"{part} {count(number)}" for part, number in plan.parameters.by_part.items())
+    table.add_row("model", f"{config.model.preset}: {count(plan.parameters.total)} parameters ({parts})")
     table.add_row(
         "ranks",
         f"{plan.world_size} {kind} ({device.name}) on {plan.num_nodes} node(s), ZeRO {config.engine.zero_stage}, "
         f"{config.engine.precision}; {plan.micro_batch} samples x {plan.accumulation} micro-batch(es) x "
-        f"{plan.world_size} = {config.data.global_batch}",
+        f"{plan.world_size} ranks = {config.data.global_batch}",
     )
     if plan.data is None:
         table.add_row("data", "not there yet; every sample is taken to be as large as the config allows")
@@ -122,21 +146,21 @@ def _facts(config: Config, plan: Plan) -> Table:
         data = plan.data
         table.add_row(
             "data",
-            f"{data.samples:,} samples ({size(data.bytes)}) an epoch: {_count(data.text_tokens)} text tokens, "
-            f"{_count(data.soft_tokens)} of images and sounds, {data.audio_hours:,.1f} h of sound; "
+            f"{data.samples:,} samples ({amount(data.bytes)}) an epoch: {count(data.text_tokens)} text tokens, "
+            f"{count(data.soft_tokens)} of images and sounds, {data.audio_hours:,.1f} h of sound; "
             f"{plan.epochs:.2f} epochs in {config.train.max_steps:,} steps",
         )
     peak = device.flops(config.engine.precision)
     table.add_row(
         "step",
-        f"{plan.flops / 1e12:,.2f} TFLOP; {_duration(plan.step_seconds)} at an MFU of {plan.mfu:.0%} of "
-        f"{peak / 1e12:,.1f} TFLOP/s ({plan.samples_per_second:,.1f} samples/s)",
+        f"{plan.flops / 1e12:,.2f} TFLOP; {duration(plan.step_seconds)} at an MFU of {plan.mfu:.0%} of "
+        f"{peak / 1e12:,.1f} TFLOP/s a rank ({plan.samples_per_second:,.1f} samples/s)",
     )
     sent = plan.network
     table.add_row(
         "network",
-        f"{size(sent.total)} a rank and step: gradients {size(sent.gradients)}, weights {size(sent.weights)}, "
-        f"contrastive {size(sent.contrastive)}; {_duration(plan.network_seconds)}",
+        f"{amount(sent.total)} a rank and step: gradients {amount(sent.gradients)}, weights {amount(sent.weights)}, "
+        f"contrastive {amount(sent.contrastive)}; {duration(plan.network_seconds)}",
     )
     known = {"measured": "measured on this machine", "index": "from the index", "assumed": "assumed"}
     table.add_row(
@@ -146,60 +170,86 @@ def _facts(config: Config, plan: Plan) -> Table:
     )
     table.add_row(
         "checkpoint",
-        f"{size(plan.checkpoint_bytes)}, written in {_duration(plan.checkpoint_seconds)} while training goes on; "
-        f"{size(plan.checkpoint_bytes * (config.checkpoint.keep_last + 1))} of disk for those that stay and the next",
+        f"{amount(plan.checkpoint_bytes)}, written in {duration(plan.checkpoint_seconds)} while training goes on; "
+        f"{amount(plan.checkpoint_bytes * (config.checkpoint.keep_last + 1))} of disk for those that stay and the next",
     )
+    unit = "GPU" if device.is_gpu else "process"
     table.add_row(
-        "run", f"{_duration(plan.run_seconds)}, {plan.device_hours:,.1f} {'GPU' if device.is_gpu else 'process'}-hours"
+        "run",
+        f"{duration(plan.run_seconds)} of training, {duration(plan.wall_seconds)} with start-ups: "
+        f"{plan.device_hours:,.1f} {unit}-hours",
     )
     if plan.time_limit_seconds is not None:
         cut = "no job has time to train"
         if plan.jobs is not None:
-            useful = _duration(plan.jobs.useful_seconds)
-            cut = f"{plan.jobs.number} job(s), {plan.jobs.requeues} requeue(s), {useful} of training each"
-        table.add_row("time limit", f"{_duration(plan.time_limit_seconds)}: {cut}")
+            useful = duration(plan.jobs.useful_seconds)
+            cut = f"{plan.jobs.number} job(s), {plan.jobs.requeues} requeue(s), up to {useful} of training each"
+        table.add_row("time limit", f"{duration(plan.time_limit_seconds)}: {cut}")
     return table
 
 
+_COLUMNS = {
+    "weights": ("weights", "gathered weights"),
+    "gradients": ("gradients",),
+    "optimizer": ("fp32 weights", "moments"),
+    "activations": ("activations",),
+    "logits": ("logits",),
+    "contrast": ("contrastive gather",),
+    "buckets": ("buckets",),
+    "other": ("process", "temporaries", "checkpoint copy"),
+}
+"""Of the table, from the parts of the bars."""
+
+
 def _memory_table(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title="memory of a rank", title_justify="left")
+    title = "memory of a rank at its fullest moment"
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     table.add_column("")
-    for name in ("weights", "gradients", "optimizer", "activations", "other", "total", "host", "micro-batch at most"):
+    for name in (*_COLUMNS, "total", "host", "at most"):
         table.add_column(name, justify="right")
     for option in plan.options:
         device = option.memory.device
-        weights = device["weights"] + device["gathered weights"]
-        optimizer = device["fp32 weights"] + device["moments"]
-        acts = device["activations"] + device["logits"] + device["contrastive gather"]
-        other = option.memory.total - weights - optimizer - acts - device["gradients"]
-        sizes = [size(each) for each in (weights, device["gradients"], optimizer, acts, other)]
-        total = Text(size(option.memory.total), style="green" if option.fits else "bold red")
-        host = size(option.memory.host) if option.memory.host else ""
+        sizes = [amount(sum(device[part] for part in parts)) for parts in _COLUMNS.values()]
+        total = Text(amount(option.memory.total), style="green" if option.fits else "bold red")
+        host = amount(option.memory.host) if option.memory.host else ""
+        largest = f"{option.largest_micro_batch:,}" if option.largest_micro_batch else "none"
         own = option is plan.options[0]
-        largest = str(option.largest_micro_batch) if option.largest_micro_batch else "none"
         table.add_row(_name(option), *sizes, total, host, largest, style="bold" if own else "")
+    table.caption = "at most: about the largest micro-batch that fits. The first line is the config's own."
+    table.caption_justify = "left"
     return table
 
 
 def _bars(plan: Plan) -> Table:
     """One bar a layout, coloured by what memory is for; a line where the device's memory ends."""
     limit = plan.accelerator.memory_bytes
-    longest = max([*(each.memory.total for each in plan.options), limit]) or 1.0
+    most = max(each.memory.total for each in plan.options)
+    # Where the device has much more than any of them takes, its end would leave the bars no room.
+    shows_limit = limit <= 2 * most
+    longest = max(most, limit) if shows_limit else most
     table = Table.grid(padding=(0, 1))
     end = min(_BAR_COLUMNS - 1, int(limit / longest * _BAR_COLUMNS))
     for option in plan.options:
         bar, at = Text(), 0.0
         for part, num_bytes in option.memory.device.items():
             cells = round((at + num_bytes) / longest * _BAR_COLUMNS) - round(at / longest * _BAR_COLUMNS)
-            bar.append("█" * cells, style=_COLOURS[part])
+            bar.append(_LETTERS[part] * cells, style=f"{_text_colour(part)} on {_COLOURS[part]}")
             at += num_bytes
         bar.append(" " * (_BAR_COLUMNS - len(bar)))
-        bar = bar[:end] + Text("│", style="bold") + bar[end + 1 :]
-        table.add_row(_name(option), bar, size(option.memory.total))
+        if shows_limit:
+            bar = bar[:end] + Text("│", style="bold") + bar[end + 1 :]
+        table.add_row(_name(option), bar, amount(option.memory.total))
     used = [part for part in _COLOURS if any(option.memory.device[part] for option in plan.options)]
-    legend = Text(" ").join(Text.assemble(("█ ", _COLOURS[part]), part) for part in used)
-    table.add_row("", legend + Text(f" │ {size(limit)}"), "")
+    legend = [
+        Text.assemble((f" {_LETTERS[part]} ", f"{_text_colour(part)} on {_COLOURS[part]}"), f" {part}") for part in used
+    ]
+    ends = f"│ {amount(limit)}" if shows_limit else f"of {amount(limit)}"
+    table.add_row("", Text("  ").join([*legend, Text(ends)]), "")
     return table
+
+
+def _text_colour(part: str) -> str:
+    return "black" if part in ("activations", "logits", "gathered weights", "checkpoint copy") else "white"
 
 
 def _verdict(console: Console, plan: Plan) -> None:
@@ -213,17 +263,3 @@ def _verdict(console: Console, plan: Plan) -> None:
 
 def _name(option: Option) -> str:
     return option.memory.layout.name + (", recomputed" if option.gradient_checkpointing else "")
-
-
-def _count(number: float) -> str:
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:,.2f} {unit}"
-    return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, scale in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * scale:
-            return f"{seconds / scale:.1f} {unit}"
-    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"

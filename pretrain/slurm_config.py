@@ -16,6 +16,7 @@ from data_pipelines.config import PositiveInt, Settings
 
 _TIME = re.compile(r"(?:\d+-)?\d+(?::\d+){0,2}")
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
+_SIGNAL_SECONDS = 180
 
 
 def _matching(pattern: str, what: str) -> AfterValidator:
@@ -46,6 +47,11 @@ Constraint = Annotated[
 Hosts = Annotated[str, _matching(r"[A-Za-z0-9_.,\[\]-]{1,500}", "list of nodes, such as node[1-4,7]")]
 TimeLimit = Annotated[str, _matching(_TIME.pattern, "time limit: give MINUTES, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")]
 Memory = Annotated[str, _matching(r"[0-9]{1,9}[KMGT]?", "amount of memory as Slurm has it, such as 64G")]
+
+
+def signal_seconds(limit_seconds: float) -> int:
+    """How long before its limit a job is told to save, where nobody says."""
+    return max(10, min(_SIGNAL_SECONDS, int(limit_seconds / 4)))
 
 
 def seconds_of(limit: str) -> float:

@@ -11,21 +11,21 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from data_pipelines import open_dataset
+from data_pipelines import augment, open_dataset
 from data_pipelines.balance import deal
-from data_pipelines.config import AugmentConfig, DataConfig
+from data_pipelines.config import DataConfig
 from data_pipelines.costs import num_patches, sample_costs, soft_tokens
 from data_pipelines.dataset import Costs, Dataset
-from data_pipelines.decode import DecodeError, decode_text, patch_positions, target_size
+from data_pipelines.decode import DecodeError, decode_text, max_samples, patch_positions, target_size
 from data_pipelines.errors import BadInput
 from data_pipelines.mixture import source_weights
 from data_pipelines.sequence import Picked, SampleSequence
@@ -43,7 +43,8 @@ _MOST_TRAINED = 50_000
 _FULL_SIDE = 1 << 12
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """Samples by what they cost: int64 arrays of one length, 0 where the modality is missing."""
 
     width: IntArray
@@ -53,8 +54,9 @@ class Sizes(NamedTuple):
     text_tokens: IntArray
     seed: IntArray
 
-    def __getitem__(self, places: Any) -> Sizes:  # type: ignore[override]
-        return Sizes(*(column[places] for column in tuple(self)))
+    def take(self, places: slice | list[int]) -> Sizes:
+        """Some of them."""
+        return Sizes(*(getattr(self, column.name)[places] for column in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Expected:
             found += np.array([len(dataset), *(len(dataset) * each for each in part)])
         scale = self._sequence.samples_an_epoch / found[0]
         size = sum(shard.bytes for dataset in self.datasets for shard in dataset.shards)
-        return DataTotals(self._sequence.samples_an_epoch, *(float(each * scale) for each in found[1:]), size)
+        text_tokens, other_tokens, audio_hours = (found[1:] * scale).tolist()
+        return DataTotals(self._sequence.samples_an_epoch, text_tokens, other_tokens, audio_hours, size)
 
     def _costs(self, picked: Picked) -> npt.NDArray[np.float64]:
         """As the loader deals them."""
@@ -139,12 +142,13 @@ class Expected:
         return costs
 
     def _sizes(self, picked: Picked) -> Sizes:
-        made = Sizes(*(np.zeros(len(picked.sample), dtype=np.int64) for _ in range(4)), picked.seed)
+        width, height, audio, text = (np.zeros(len(picked.sample), dtype=np.int64) for _ in range(4))
+        made = Sizes(width, height, audio, text, picked.seed)
         for number, here in _by_source(picked):
             dataset, ids = self.datasets[number], picked.sample[here]
             costs = dataset.costs(ids)
             made.width[here], made.height[here] = costs.width, costs.height
-            made.audio_samples[here] = _audio_samples(costs, self.config.data)
+            made.audio_samples[here] = _audio_samples(costs, picked.seed[here], self.config.data)
             made.text_tokens[here] = (
                 np.minimum(self._tokens(dataset, ids), self.config.data.text.max_tokens)
                 if self._counts_tokens
@@ -174,7 +178,7 @@ def micro_batches(sizes: Sizes, size: int, config: DataConfig) -> Iterator[tuple
     smallest = config.image.max_patches if config.image.size is not None else config.image.pooling**2
     patches = max([smallest, *(columns * rows for columns, rows in grids)])
     for start in range(0, len(grids), size):
-        part = sizes[slice(start, start + size)]
+        part = sizes.take(slice(start, start + size))
         position = np.full((len(part.seed), patches, 2), -1, dtype=np.int64)
         for place, (columns, rows) in enumerate(grids[start : start + size]):
             position[place, : columns * rows] = patch_positions(columns, rows)
@@ -250,15 +254,15 @@ def _stand_in(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _audio_samples(costs: Costs, config: DataConfig) -> IntArray:
-    """Samples of sound after decoding; augmentation puts half of its longest silence before, on average."""
-    seconds = costs.audio_seconds.astype(np.float64)
-    seconds = np.where(seconds > 0, seconds + _silence(config.augment), 0)
-    return np.floor(np.minimum(seconds, config.audio.max_seconds) * config.audio.sampling_rate).astype(np.int64)
-
-
-def _silence(augment: AugmentConfig) -> float:
-    return augment.audio_shift_seconds / 2
+def _audio_samples(costs: Costs, seeds: IntArray, config: DataConfig) -> IntArray:
+    """Samples of sound after decoding and augmentation."""
+    rate = config.audio.sampling_rate
+    found = np.floor(np.minimum(costs.audio_seconds.astype(np.float64), config.audio.max_seconds) * rate)
+    if config.augment.audio_speed or config.augment.audio_shift_seconds:
+        for place in np.flatnonzero(found).tolist():
+            random = augment.generator(int(seeds[place]), augment.AUDIO_STREAM)
+            found[place] = augment.augmented_samples(int(found[place]), rate, config.augment, random)
+    return np.minimum(found, max_samples(config.audio)).astype(np.int64)
 
 
 def _grid(width: int, height: int, config: DataConfig) -> tuple[int, int]:

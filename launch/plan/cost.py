@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
-from data_pipelines.errors import BadInput
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipelines.errors import BadInput, printable
 from launch.plan.accelerators import Accelerator
 from launch.plan.memory import Layout, Parameters
+from pretrain.slurm_config import TimeLimit, seconds_of
 
 START_SECONDS = 60.0
 """Imports, process groups and the model, before the first step of a job."""
-SIGNAL_SECONDS = 180.0
-"""How long before its time limit a job is told to save and stop; slurm/pretrain.sbatch asks for this."""
 NETWORK_BYTES = 25e9
 """Bytes a second of a device to another node: a port of 200 Gbit/s each."""
 DISK_BYTES = 1e9
@@ -97,22 +97,15 @@ def jobs(run_seconds: float, limit_seconds: float, restart_seconds: float, margi
 
 
 def parse_time_limit(text: str) -> float | None:
-    """Seconds of a time limit as sbatch takes it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS; None is no limit.
+    """Seconds of a time limit as sbatch takes it; None is no limit.
 
     Raises:
-        BadInput: it is none of these.
+        BadInput: it is none.
     """
-    if text.strip().upper() in ("UNLIMITED", "INFINITE", "0"):
+    if text.strip().upper() in ("UNLIMITED", "INFINITE"):
         return None
-    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text.strip())
-    if not match:
-        raise BadInput(f"{text!r} is no time limit; write for example 90 (minutes), 12:00:00 or 2-00:00:00")
-    days, *rest = match.groups()
-    parts = [int(part) for part in rest if part is not None]
-    if days is not None:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    return float(int(days or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds)
+    try:
+        return seconds_of(TypeAdapter(TimeLimit).validate_python(text.strip()))
+    except ValidationError as error:
+        said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise BadInput(f"--time-limit: {printable(said)}") from None

@@ -8,11 +8,13 @@ buckets and temporaries come and go, what gloo copies, and what the C library's 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from launch.plan.passes import Pass
-from pretrain.config import Config
+if TYPE_CHECKING:
+    from launch.plan.passes import Pass
+    from pretrain.config import Config
 
 PARTS = (
     "process",
@@ -26,19 +28,23 @@ PARTS = (
     "logits",
     "contrastive gather",
     "temporaries",
+    "checkpoint copy",
 )
 """What memory is for, in the order of a bar."""
 
-PROCESS_BYTES = 0.70e9
+PROCESS_BYTES = 0.59e9
 """Resident memory of a rank on a CPU before its model: interpreter, torch, DeepSpeed, transformers; measured."""
 CONTEXT_BYTES = 1.5e9
 """On a GPU beside tensors: context, kernels and the communication library's buffers. Not measured here."""
+HEAP_SLACK = 1.2
+"""On a CPU: the heap over what is asked of it at its fullest, for the gaps between blocks; measured."""
 USABLE_SHARE = 0.94
 """Share of a GPU's memory that tensors can have before the caching allocator's gaps fill it."""
 
 # DeepSpeed's defaults, which the engine leaves alone.
 _MOST_LIVE_ELEMENTS = 1_000_000_000
 _PLAIN_BUCKET_ELEMENTS = 500_000_000
+_LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class RankMemory:
     device: dict[str, float]
     """By `PARTS`; on a CPU all there is."""
     host: float
-    """Beside a device: optimizer state and weights that are offloaded."""
+    """Beside a device: what is offloaded, and the copy that a save makes."""
 
     @property
     def total(self) -> float:
@@ -136,11 +142,15 @@ def rank_memory(layout: Layout, parameters: Parameters, passed: Pass, alignment_
     moments = [("forward and backward", _in_pass(layout, parameters, passed))]
     if layout.accumulation > 1:
         moments.append(("contrastive loss", {"contrastive gather": alignment_bytes}))
-    moments += _after_pass(layout, parameters, 0.0 if layout.is_gpu else _kept_by_heap(passed))
+    moments += _after_pass(layout, parameters)
     name, most = max(moments, key=lambda moment: sum(moment[1].values()))
     device = dict.fromkeys(PARTS, 0.0) | state
-    for part, size in most.items():
+    for part, size in [*most.items(), *_heap(layout, parameters, passed).items()]:
         device[part] += size
+    for part, size in (("logits", passed.kept_bytes["logits"]), ("contrastive gather", passed.kept_bytes["alignment"])):
+        of_them = min(max(0.0, float(size)), device["activations"] / 2)
+        device[part] += of_them
+        device["activations"] -= of_them
     return RankMemory(layout, name, device, host)
 
 
@@ -161,7 +171,9 @@ def _state(layout: Layout, parameters: Parameters) -> tuple[dict[str, float], fl
         "moments": moments,
         "gradients": 4 * share if sharded else 0.0,
     }
-    host = 0.0
+    copied_state = _checkpoint_copy(layout, parameters)
+    host = copied_state if layout.is_gpu else 0.0
+    state["checkpoint copy"] = 0.0 if layout.is_gpu else copied_state
     if layout.offload_optimizer:
         host += max(master, 4 * share) + moments + 4 * share + (0 if sharded else layout.element_bytes * share)
         state["fp32 weights"] = state["moments"] = state["gradients"] = 0.0
@@ -170,6 +182,13 @@ def _state(layout: Layout, parameters: Parameters) -> tuple[dict[str, float], fl
         host += weights
         state["weights"] = 0.0
     return state, host
+
+
+def _checkpoint_copy(layout: Layout, parameters: Parameters) -> float:
+    """The copy that a save makes on rank 0 and keeps for the next one: its share of the optimizer, and the weights."""
+    optimizer = 12 if layout.zero_stage else 8
+    whole = 0 if layout.zero_stage == 3 else layout.element_bytes * parameters.total
+    return whole + optimizer * parameters.total / (layout.world_size if layout.zero_stage else 1)
 
 
 def _gathered(layout: Layout, parameters: Parameters) -> float:
@@ -204,21 +223,17 @@ def _in_pass(layout: Layout, parameters: Parameters, passed: Pass) -> dict[str, 
         fixed["buckets"] = _bucket(layout, parameters) + _copied_bucket(layout, parameters)
 
     def handed_over(done: int) -> float:
-        if stage == 3 or (layout.offload_optimizer and stage == 2):
+        if stage == 3 or (layout.offload_optimizer and stage == 2) or _piles_in_heap(layout):
             return 0.0
         return 4 * done / (world if reduces_in_pass else 1)
 
-    done, live = max(passed.moments, key=lambda moment: handed_over(moment[0]) + moment[1])
-    named = {"logits": float(passed.kept_bytes["logits"]), "contrastive gather": float(passed.kept_bytes["alignment"])}
-    named = {name: min(max(0.0, size), live / 2) for name, size in named.items()}
-    return fixed | named | {"activations": live - sum(named.values()), "gradients": before + handed_over(done)}
+    in_time = passed.moments if layout.is_gpu else passed.mapped_moments
+    done, live = max(in_time, key=lambda moment: handed_over(moment[0]) + moment[1])
+    return fixed | {"activations": live, "gradients": before + handed_over(done)}
 
 
-def _after_pass(layout: Layout, parameters: Parameters, kept: float) -> list[tuple[str, dict[str, float]]]:
-    """Moments between the last backward pass and the next step; `kept` is memory of activations that is not given back.
-
-    AdamW takes the root of the second moments of a whole group at once.
-    """
+def _after_pass(layout: Layout, parameters: Parameters) -> list[tuple[str, dict[str, float]]]:
+    """Moments between the last backward pass and the next step; AdamW takes the root of a whole group at once."""
     stage, world, total = layout.zero_stage, layout.world_size, parameters.total
     group = max(parameters.groups) / (world if stage else 1)
     gradients = 4 * total / (world if stage else 1)
@@ -226,7 +241,7 @@ def _after_pass(layout: Layout, parameters: Parameters, kept: float) -> list[tup
         # On the host, where it is no smaller; the host's memory is not what a step runs out of.
         return []
     if stage == 0:
-        whole = {"gradients": gradients, "activations": kept}
+        whole = {"gradients": 0.0 if _piles_in_heap(layout) else gradients}
         flat = 4.0 * min(total, _PLAIN_BUCKET_ELEMENTS)
         return [
             ("reduction", whole | {"buckets": flat if world > 1 else 0.0}),
@@ -234,33 +249,50 @@ def _after_pass(layout: Layout, parameters: Parameters, kept: float) -> list[tup
         ]
     # Gradients are flattened into one tensor a group first, unless they lie in one already.
     copied = 0.0 if stage < 3 and layout.element_bytes == 2 else 4 * group
-    update = {"activations": kept, "temporaries": copied + 4 * group}
+    update = {"temporaries": copied + 4 * group}
     if stage == 3:
         return [("update", update)]
     moments = [("update", update | {"gradients": gradients})]
     if not layout.is_gpu:
         buckets = _bucket(layout, parameters) + _copied_bucket(layout, parameters)
         if stage == 1:
-            moments.append(("reduction", {"gradients": 4.0 * total, "buckets": buckets, "activations": kept}))
+            moments.append(("reduction", {"gradients": gradients, "buckets": buckets}))
         # gloo gathers into memory of its own.
         gathered = layout.element_bytes * max(parameters.groups)
-        moments.append(("gathering", {"activations": kept, "temporaries": float(gathered)}))
+        moments.append(("gathering", {"temporaries": float(gathered)}))
     return moments
 
 
-def _kept_by_heap(passed: Pass) -> float:
-    """Freed activations that the C library keeps: its heap shrinks from its end alone."""
-    return float(passed.peak_bytes) * HEAP_SHARE
+def _piles_in_heap(layout: Layout) -> bool:
+    """Whether gradients stay where the backward pass makes them, one by one, until it is over."""
+    return not layout.is_gpu and layout.zero_stage < 2
 
 
-HEAP_SHARE = 0.0
-"""Share of a pass's activations that stays resident after it on a CPU; measured."""
+def _heap(layout: Layout, parameters: Parameters, passed: Pass) -> dict[str, float]:
+    """What the C library's heap has come to on a CPU: it shrinks from its end alone, so it stays at its fullest."""
+    if layout.is_gpu:
+        return {}
+    piles = 4 if _piles_in_heap(layout) else 0
+    fullest = HEAP_SLACK * max(live + piles * done for done, live in passed.heap_moments)
+    gradients = min(float(piles * parameters.total), fullest)
+    return {"gradients": gradients, "activations": fullest - gradients}
 
 
-def largest_micro_batch(most: Sequence[tuple[int, float]], limit: float) -> int:
-    """Largest micro-batch within `limit` bytes, by a line through (micro-batch, bytes); 0 when not even one fits."""
-    (small, low), (large, high) = sorted(most)[0], sorted(most)[-1]
-    slope = (high - low) / max(1, large - small)
-    if low - slope * (small - 1) > limit:
-        return 0
-    return int(small + (limit - low) / slope) if slope > 0 else large
+def largest_micro_batch(bytes_of: Callable[[int], float], share: int, limit: float) -> int:
+    """Largest micro-batch within `limit` bytes, 0 when not even one fits.
+
+    Args:
+        bytes_of: memory by micro-batch; it grows up to `share` - 1, where a step has several, and from `share` on.
+        share: samples a rank has in a step.
+        limit: bytes.
+    """
+    if bytes_of(share) <= limit:
+        low, high = share, min(2 * share, _LARGEST)
+        while high < _LARGEST and bytes_of(high) <= limit:
+            low, high = high, min(2 * high, _LARGEST)
+    else:
+        low, high = 0, share
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bytes_of(middle) <= limit else (low, middle)
+    return low

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from data_pipelines.errors import BadInput
 from launch.plan.trace import Shapes
 from pretrain.config import Config
-from pretrain.model.omni import OmniPretrainer, Plan
+from pretrain.model import backbones
+from pretrain.model.omni import OmniPretrainer, Plan, make_heads, special_tokens
 from pretrain.objectives import joint
 from pretrain.objectives.align import Embeddings, align_loss
 
@@ -60,6 +63,10 @@ class Pass:
 
     A gradient counts as alive until it is whole, and is handed to ZeRO then.
     """
+    mapped_moments: tuple[tuple[int, int], ...]
+    """The same of storages above `HEAP_BLOCK_BYTES` alone."""
+    heap_moments: tuple[tuple[int, int], ...]
+    """The same of smaller ones."""
     forward_flops: dict[str, int]
     """By part."""
     flops: int
@@ -70,17 +77,31 @@ class Pass:
         """Most bytes of activations at any time."""
         return max(live for _, live in self.moments)
 
+    def scaled(self, factor: float) -> Pass:
+        """With so many times the activations."""
+
+        def times(moments: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+            return tuple((done, int(live * factor)) for done, live in moments)
+
+        return replace(
+            self,
+            kept_bytes={part: int(size * factor) for part, size in self.kept_bytes.items()},
+            moments=times(self.moments),
+            mapped_moments=times(self.mapped_moments),
+            heap_moments=times(self.heap_moments),
+        )
+
     def flops_of(self, work: Work) -> float:
         """FLOPs of another micro-batch, each part's by its unit."""
-        forward = sum(
-            flops * getattr(work, part) / max(1, getattr(self.work, part)) for part, flops in self.forward_flops.items()
-        )
-        return forward * self.flops / max(1, sum(self.forward_flops.values()))
+        return self.forward_flops_of(work) * self.flops / max(1, sum(self.forward_flops.values()))
 
     def forward_flops_of(self, work: Work) -> float:
         """The same of a forward pass alone."""
-        return sum(
-            flops * getattr(work, part) / max(1, getattr(self.work, part)) for part, flops in self.forward_flops.items()
+        return float(
+            sum(
+                flops * getattr(work, part) / max(1, getattr(self.work, part))
+                for part, flops in self.forward_flops.items()
+            )
         )
 
 
@@ -92,7 +113,7 @@ class ShapeModel:
         self._world_size = world_size
         self._shapes = Shapes()
         with self._shapes:
-            self.model = OmniPretrainer.build(config, tokenizer)
+            self.model = _build(config, tokenizer)
             if config.engine.precision == "bf16":
                 _to_bf16(self.model)
         self.model.train()
@@ -106,7 +127,10 @@ class ShapeModel:
         """Recompute activations in the backward pass, or keep them."""
         backbone: Any = self.model.backbone
         if on:
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with warnings.catch_warnings():
+                # Of a new name that older transformers do not have.
+                warnings.simplefilter("ignore", FutureWarning)
+                backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             backbone.gradient_checkpointing_disable()
 
@@ -126,18 +150,23 @@ class ShapeModel:
             ),
             "audio": shapes.fake(len(batch["keys"]), max(1, int(batch["audio_length"].max())), dtype=torch.int16),
         }
-        base, base_flops, done = shapes.live_bytes, shapes.flops, 0
+        base, base_heap, base_flops, done = shapes.live_bytes, shapes.heap_bytes, shapes.flops, 0
         moments: dict[int, int] = {}
+        mapped: dict[int, int] = {}
+        heap: dict[int, int] = {}
 
         def see() -> None:
+            in_heap = shapes.heap_bytes - base_heap
             moments[done] = max(moments.get(done, 0), shapes.live_bytes - base)
+            mapped[done] = max(mapped.get(done, 0), shapes.live_bytes - base - in_heap)
+            heap[done] = max(heap.get(done, 0), in_heap)
 
         def hand_over(parameter: Tensor) -> None:
             nonlocal done
             parameter.grad = None
             done += parameter.numel()
 
-        hooks = [parameter.register_post_accumulate_grad_hook(hand_over) for parameter in model.parameters()]
+        hooks = [_when_whole(parameter, hand_over) for parameter in model.parameters()]
         kept, forward = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
         shapes.after_each = see
         try:
@@ -145,20 +174,28 @@ class ShapeModel:
                 bytes_before, flops_before = shapes.live_bytes, shapes.flops
                 output = model(batch, plan)
                 if cached_alignment:
-                    align: Tensor = sum(vector.sum() for vector in output.embeddings.vectors.values())  # type: ignore[assignment]
+                    align = torch.stack([vector.sum() for vector in output.embeddings.vectors.values()]).sum()
                 else:
                     align, _ = align_loss(output.embeddings, config.objectives, self._gather)
                 sums = {"text": output.text, "image": output.image, "audio": output.audio, "align": align}
                 loss = joint.weighted_sum(sums, dict.fromkeys(joint.NAMES, 1), config.losses)
                 kept["alignment"] = shapes.live_bytes - bytes_before - sum(kept.values())
                 forward["alignment"] = shapes.flops - flops_before - sum(forward.values())
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 del output, align, sums, loss
         finally:
             shapes.after_each = lambda: None
             for hook in hooks:
                 hook.remove()
-        return Pass(work, kept, tuple(sorted(moments.items())), forward, shapes.flops - base_flops)
+        return Pass(
+            work=work,
+            kept_bytes=kept,
+            moments=tuple(sorted(moments.items())),
+            mapped_moments=tuple(sorted(mapped.items())),
+            heap_moments=tuple(sorted(heap.items())),
+            forward_flops=forward,
+            flops=shapes.flops - base_flops,
+        )
 
     def alignment_bytes(self, share: int) -> int:
         """Most bytes of the contrastive loss of a rank's whole share on its own, with its gradient."""
@@ -177,7 +214,7 @@ class ShapeModel:
                 one = shapes.fake(1, dtype=torch.float32).requires_grad_()
                 present = {name: torch.ones(share, dtype=torch.bool) for name in names}
                 loss, _ = align_loss(Embeddings(vectors, present, one, one), self.config.objectives, self._gather)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
         finally:
             shapes.after_each = lambda: None
         return most
@@ -189,6 +226,10 @@ class ShapeModel:
         return made
 
 
+def _when_whole(parameter: Tensor, run: Callable[[Tensor], None]) -> Any:
+    return parameter.register_post_accumulate_grad_hook(run)  # type: ignore[no-untyped-call]
+
+
 class _Gathered(torch.autograd.Function):
     """What `pretrain.objectives.align` allocates for a gather, without other ranks: each has what this one has."""
 
@@ -198,8 +239,20 @@ class _Gathered(torch.autograd.Function):
         return torch.cat([x.clone() for _ in range(world_size)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.contiguous().chunk(ctx.world_size)[0], None
+
+
+def _build(config: Config, tokenizer: PreTrainedTokenizerBase) -> OmniPretrainer:
+    """As `OmniPretrainer.build`, but of a pretrained backbone its config alone is read."""
+    if config.model.init_from is None:
+        return OmniPretrainer.build(config, tokenizer)
+    try:
+        native = AutoConfig.from_pretrained(config.model.init_from, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model.init_from: {' '.join(str(error).split())[:200]}") from None
+    backbone = backbones.family(config.model.family).from_config(native, config.model.attention)
+    return OmniPretrainer(backbone, make_heads(config, backbone.config), config, special_tokens(tokenizer))
 
 
 class _marked:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from launch.plan.accelerators import DEFAULT_MFU, Accelerator
 from launch.plan.batches import DataTotals, Expected, Sizes, micro_batches
 from launch.plan.cost import (
     DISK_BYTES,
-    SIGNAL_SECONDS,
     START_SECONDS,
     Jobs,
     Traffic,
@@ -27,6 +27,7 @@ from pretrain.config import Config
 from pretrain.deadline import parse_duration
 from pretrain.engine import accumulation_steps, parameter_groups
 from pretrain.model.backbones import family
+from pretrain.slurm_config import signal_seconds
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Option:
     gradient_checkpointing: bool
     fits: bool
     largest_micro_batch: int
-    """About; 0 when not even one fits. Never more than a rank's share."""
+    """About, samples like those of the data taken for granted; 0 when not even one fits. It may be more than a rank's
+    share of `data.global_batch`."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class Plan:
     checkpoint_seconds: float
     """To write one; training goes on meanwhile."""
     run_seconds: float
+    """Of training."""
+    wall_seconds: float
+    """Of all jobs together, start-ups included; waiting in the queue is not."""
     epochs: float | None
     device_hours: float
     """GPU-hours, or processes times hours on CPUs."""
@@ -148,8 +153,13 @@ def plan_run(
     saved = checkpoint_bytes(layout, seen.parameters)
     write_seconds = saved / (DISK_BYTES * num_nodes)
     restart = START_SECONDS + write_seconds
-    margin = max(SIGNAL_SECONDS, parse_duration(config.run.stop_before) if config.run.stop_before else 0.0)
+    margin, cut = 0.0, None
     run_seconds = config.train.max_steps * step
+    if time_limit_seconds is not None:
+        notice = config.slurm.signal_seconds or signal_seconds(time_limit_seconds)
+        margin = max(notice, parse_duration(config.run.stop_before) if config.run.stop_before else 0.0)
+        cut = jobs(run_seconds, time_limit_seconds, restart, margin)
+    wall_seconds = run_seconds + (cut.number if cut is not None else 1) * restart
     plan = Plan(
         world_size=world_size,
         num_nodes=num_nodes,
@@ -179,12 +189,13 @@ def plan_run(
         checkpoint_bytes=saved,
         checkpoint_seconds=write_seconds,
         run_seconds=run_seconds,
+        wall_seconds=wall_seconds,
         epochs=config.train.max_steps * config.data.global_batch / totals.samples if totals is not None else None,
-        device_hours=world_size * run_seconds / 3600,
+        device_hours=world_size * wall_seconds / 3600,
         time_limit_seconds=time_limit_seconds,
         restart_seconds=restart,
         margin_seconds=margin,
-        jobs=jobs(run_seconds, time_limit_seconds, restart, margin) if time_limit_seconds is not None else None,
+        jobs=cut,
     )
     problems, warnings = judge(config, plan)
     return replace(plan, problems=problems, warnings=warnings)
@@ -208,7 +219,7 @@ def _measure(config: Config, expected: Expected, layout: Layout, share: int, mic
                 work = Work.of(batch, laid_out, frames)
                 found.append((work, batch, laid_out))
                 ranks[-1][-1].append(work)
-    work, batch, laid_out = max(found, key=lambda one: one[0].vision + one[0].audio + one[0].text)
+    work, batch, laid_out = max(found, key=_amount)
     cached, recomputed = layout.accumulation > 1, config.model.gradient_checkpointing
     own = model.run(batch, laid_out, work, cached)
 
@@ -226,7 +237,7 @@ def _measure(config: Config, expected: Expected, layout: Layout, share: int, mic
     return _Measured(
         parameters=_parameters(model, config),
         passed=own,
-        alignment_bytes=float(model.alignment_bytes(share)) if cached else 0.0,
+        alignment_bytes=float(model.alignment_bytes(share)),
         rank_flops=sum(max(step) for step in by_rank) / len(by_rank),
         mean_flops=sum(sum(step) / len(step) for step in by_rank) / len(by_rank),
         embedding=model.model.embedding_size,
@@ -238,10 +249,18 @@ def _one_pass(model: ShapeModel, config: Config, shares: list[list[Sizes]], size
     """Of a micro-batch of another size."""
     sizes = shares[0][0]
     if len(sizes.seed) < size:
-        sizes = sizes[[place % len(sizes.seed) for place in range(size)]]
-    batch, frames = next(micro_batches(sizes, size, config.data))
-    laid_out = model.model.plan(batch)
-    return model.run(batch, laid_out, Work.of(batch, laid_out, frames), cached)
+        sizes = sizes.take([place % len(sizes.seed) for place in range(size)])
+    found = []
+    for batch, frames in micro_batches(sizes, size, config.data):
+        laid_out = model.model.plan(batch)
+        found.append((Work.of(batch, laid_out, frames), batch, laid_out))
+    work, batch, laid_out = max(found, key=_amount)
+    return model.run(batch, laid_out, work, cached)
+
+
+def _amount(found: tuple[Work, dict[str, Any], Any]) -> int:
+    """By which micro-batches are compared."""
+    return found[0].vision + found[0].audio + found[0].text
 
 
 def _parameters(model: ShapeModel, config: Config) -> Parameters:
@@ -260,17 +279,21 @@ def _options(
     """Every layout, with and without recomputation; the config's own comes first."""
     own, limit = config.model.gradient_checkpointing, _usable(device)
     otherwise, (size, another) = seen.others()
+    # Of the config's own way; in the other way activations grow in the same proportion.
+    slope = max(0.0, (another.peak_bytes - seen.passed.peak_bytes) / (size - micro))
+
+    def bytes_of(other: Layout, passed: Pass, wanted: int) -> float:
+        scale = max(0.0, 1 + slope * (wanted - micro) / seen.passed.peak_bytes)
+        spread = replace(other, accumulation=max(1, -(-share // wanted)))
+        return rank_memory(spread, seen.parameters, passed.scaled(scale), seen.alignment_bytes).total
+
     found = []
     for other in layout.others():
         for recomputed, passed in ((own, seen.passed), (not own, otherwise)):
-            # The pass of another size was made in the config's own way; in the other way it shrinks as this one does.
-            scale = passed.peak_bytes / seen.passed.peak_bytes
-            scaled = replace(another, moments=tuple((done, int(live * scale)) for done, live in another.moments))
             memory = rank_memory(other, seen.parameters, passed, seen.alignment_bytes)
-            second = rank_memory(other, seen.parameters, scaled, seen.alignment_bytes)
-            largest = largest_micro_batch([(size, second.total), (micro, memory.total)], limit)
-            largest = max(largest, micro) if memory.total <= limit else min(largest, micro - 1)
-            found.append(Option(memory, recomputed, memory.total <= limit, max(0, min(share, largest))))
+            largest = largest_micro_batch(partial(bytes_of, other, passed), share, limit)
+            fits = memory.total <= limit
+            found.append(Option(memory, recomputed, fits, max(largest, micro) if fits else min(largest, micro - 1)))
     return tuple(sorted(found, key=lambda each: (each.memory.layout != layout, each.gradient_checkpointing != own)))
 
 

@@ -26,23 +26,26 @@ CPU_ATTENTION: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
+HEAP_BLOCK_BYTES = 32 << 20
+"""glibc maps what is larger, and gives it back at once; the threshold grows up to here (M_MMAP_THRESHOLD)."""
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)
 _FACTORIES = (aten.empty, aten.zeros, aten.ones, aten.full, aten.rand, aten.randn, aten.scalar_tensor)
 _DEVICE = torch.ops.prim.device
 _INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index_put)
 
 
-class Shapes(TorchDispatchMode):
+class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operations on fake numbers and real indices, and follows the memory that their results hold.
 
-    Inside, `live_bytes` is what all fake tensors made so far and not yet freed take, and `flops` what was multiplied
-    and added (two a multiply-add).
+    Inside, `live_bytes` is what all fake tensors made so far and not yet freed take, `heap_bytes` those of them that a
+    C library takes from its heap, and `flops` what was multiplied and added (two a multiply-add).
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live_bytes = 0
+        self.heap_bytes = 0
         self.flops = 0
         self.after_each: Callable[[], None] = lambda: None
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -83,11 +86,13 @@ class Shapes(TorchDispatchMode):
             return
         size = storage.nbytes()
         self._known[storage] = size
-        self.live_bytes += size
+        self._freed(-size)
         weakref.finalize(storage, self._freed, size)
 
     def _freed(self, size: int) -> None:
         self.live_bytes -= size
+        if abs(size) <= HEAP_BLOCK_BYTES:
+            self.heap_bytes -= size
 
 
 def _is_of_numbers(kwargs: dict[str, Any]) -> bool:

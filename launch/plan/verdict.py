@@ -8,12 +8,14 @@ from pathlib import Path
 import psutil
 
 from data_pipelines.errors import BadInput
-from launch.doctor.finding import size
 from launch.plan.accelerators import DEFAULT_MFU, accelerator
 from launch.plan.planning import Option, Plan, plan_run, round_up
+from launch.plan.words import amount, duration
+from launch.submit.request import MAX_REQUEUES
 from pretrain.config import Config
 from pretrain.engine import accumulation_steps
 
+_QUICKEST_START_SECONDS = 10.0
 _SLOW_SHARE = 0.5
 """Loader workers that reach less than this share of the planned speed are refused; the speed itself is an estimate."""
 
@@ -41,7 +43,7 @@ def reject(
         return [problem]
     try:
         if accelerator_name is None:
-            return [each for each in [no_room(config, None)] if each is not None]
+            return []
         device = accelerator(accelerator_name, max(1, world // num_nodes))
         return plan_run(config, world, device, num_nodes, mfu, time_limit_s, compare=False).problems
     except BadInput as refused:
@@ -73,13 +75,16 @@ def judge(config: Config, plan: Plan) -> tuple[list[str], list[str]]:
         for problem in (
             _memory(plan),
             _host_memory(plan),
-            _time_limit(config, plan),
+            _time_limit(plan),
             _hang(config, plan),
             no_room(config, plan.checkpoint_bytes),
         )
         if problem is not None
     ]
-    warnings = []
+    warnings: list[str] = []
+    many = _many_jobs(config, plan)
+    if many is not None:
+        warnings.append(many)
     slow = _decoding(config, plan)
     if slow is not None:
         (problems if slow[0] else warnings).append(slow[1])
@@ -94,17 +99,15 @@ def judge(config: Config, plan: Plan) -> tuple[list[str], list[str]]:
     return problems, warnings
 
 
-def no_room(config: Config, num_bytes: float | None) -> str | None:
+def no_room(config: Config, num_bytes: float) -> str | None:
     """Why not one checkpoint fits on the file system of the run directory."""
-    if num_bytes is None:
-        return None
     folder = Path(config.run.dir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free >= num_bytes:
         return None
-    found = f"run.dir: {size(free)} free in {folder}, a checkpoint takes {size(num_bytes)}"
+    found = f"run.dir: {amount(free)} free in {folder}, a checkpoint takes {amount(num_bytes)}"
     return f"{found}: make room, or use another run.dir"
 
 
@@ -112,13 +115,14 @@ def _memory(plan: Plan) -> str | None:
     if plan.fits:
         return None
     device, own = plan.accelerator, plan.options[0]
-    need = f"a rank takes {size(plan.memory.total)} of the {size(device.memory_bytes)} of {device.name}"
+    need = f"a rank takes {amount(plan.memory.total)} of the {amount(device.memory_bytes)} of {device.name}"
     if own.largest_micro_batch:
-        return f"{need}: use data.micro_batch {own.largest_micro_batch} or less instead of {plan.micro_batch}"
+        size_that_fits = _divisor(plan, own.largest_micro_batch)
+        return f"{need}: use data.micro_batch {size_that_fits} instead of {plan.micro_batch}"
     better = _cheapest(plan.options)
     if better is None:
         return f"{need}, and no ZeRO stage or offload helps: use more ranks, or an accelerator with more memory"
-    return f"{need}, and not even data.micro_batch 1 fits: use {_as_settings(better)}"
+    return f"{need}, and not even data.micro_batch 1 fits: use {_as_settings(plan, better)}"
 
 
 def _cheapest(options: tuple[Option, ...]) -> Option | None:
@@ -136,13 +140,19 @@ def _cheapest(options: tuple[Option, ...]) -> Option | None:
     )
 
 
-def _as_settings(option: Option) -> str:
+def _divisor(plan: Plan, largest: int) -> int:
+    """The largest micro-batch up to this one that divides a rank's share."""
+    share = plan.micro_batch * plan.accumulation
+    return max(size for size in range(1, min(largest, share) + 1) if share % size == 0)
+
+
+def _as_settings(plan: Plan, option: Option) -> str:
     layout = option.memory.layout
     words = [f"engine.zero_stage={layout.zero_stage}"]
     words += ["engine.offload_optimizer=true"] if layout.offload_optimizer else []
     words += ["engine.offload_parameters=true"] if layout.offload_parameters else []
     words += ["model.gradient_checkpointing=true"] if option.gradient_checkpointing else []
-    return " ".join([*words, f"data.micro_batch={option.largest_micro_batch}"])
+    return " ".join([*words, f"data.micro_batch={_divisor(plan, option.largest_micro_batch)}"])
 
 
 def _host_memory(plan: Plan) -> str | None:
@@ -150,29 +160,38 @@ def _host_memory(plan: Plan) -> str | None:
     if plan.accelerator.is_gpu or plan.host_start_bytes <= (have := float(psutil.virtual_memory().total)):
         return None
     return (
-        f"the ranks of a node each make the whole model first, {size(plan.host_start_bytes)} together, and a node has "
-        f"{size(have)}: use fewer ranks a node"
+        f"the ranks of a node each make the whole model first, {amount(plan.host_start_bytes)} together, and a node "
+        f"has {amount(have)}: use fewer ranks a node"
     )
 
 
-def _time_limit(config: Config, plan: Plan) -> str | None:
-    limit = plan.time_limit_seconds
-    if limit is None:
+def _time_limit(plan: Plan) -> str | None:
+    """Only what no start-up, however quick, would leave time for: how long it takes is no more than an estimate."""
+    limit, step = plan.time_limit_seconds, plan.step_seconds
+    if limit is None or limit - plan.margin_seconds - _QUICKEST_START_SECONDS >= step:
         return None
-    least = plan.restart_seconds + plan.step_seconds + plan.checkpoint_seconds
-    if limit <= least:
+    enough = round_up((plan.restart_seconds + max(4 * plan.margin_seconds / 3, 180) + 10 * step) / 60)
+    return (
+        f"a time limit of {duration(limit)} leaves no time for a step of {duration(step)} before the signal to save, "
+        f"{duration(plan.margin_seconds)} ahead of it: ask for at least {enough} min"
+    )
+
+
+def _many_jobs(config: Config, plan: Plan) -> str | None:
+    if plan.time_limit_seconds is None:
+        return None
+    limit = duration(plan.time_limit_seconds)
+    if plan.jobs is None:
         return (
-            f"a time limit of {limit / 60:.0f} min is shorter than start-up, one step and one checkpoint "
-            f"({least / 60:.1f} min): ask for at least {round_up((least + plan.margin_seconds) / 60)} min"
+            f"start-up takes about {duration(plan.restart_seconds)}, and a job of {limit} has no time left to train in"
         )
-    if plan.jobs is None or plan.jobs.useful_seconds < plan.step_seconds:
-        wanted = round_up((plan.restart_seconds + plan.margin_seconds + plan.step_seconds) / 60)
-        return (
-            f"a time limit of {limit / 60:.0f} min leaves no step between start-up ({plan.restart_seconds / 60:.1f} "
-            f"min) and the signal to save ({plan.margin_seconds / 60:.1f} min before the end): ask for at least "
-            f"{wanted} min"
-        )
-    return None
+    most = MAX_REQUEUES if config.slurm.max_requeues is None else config.slurm.max_requeues
+    if plan.jobs.requeues <= most:
+        return None
+    return (
+        f"jobs of {limit} are requeued {plan.jobs.requeues} times before the run is done, and slurm.max_requeues is "
+        f"{most}: ask for more time, or for more requeues"
+    )
 
 
 def _hang(config: Config, plan: Plan) -> str | None:

@@ -3,8 +3,6 @@ data, and what `triptych plan` computes."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +11,7 @@ from pathlib import Path
 from data_pipelines.errors import BadInput
 from launch.doctor import of_run
 from launch.doctor.finding import Finding
+from launch.plan import reject
 from launch.submit import queue
 from launch.submit.request import Request
 from launch.submit.site import SECRET
@@ -25,8 +24,9 @@ def problems(config: Config, request: Request, accelerator: str | None, evaluate
     """(what would stop the job, what deserves a word), each in one line."""
     errors: list[str] = []
     warnings: list[str] = []
-    if (wrong := _uneven(config, request)) is not None:
-        errors.append(wrong)
+    nodes = _fitting_nodes(config, request)
+    if nodes is None:
+        errors.append(_uneven(config, request))
     if evaluates and not config.data.eval_sources:
         errors.append("--eval needs data.eval: the config names no data to evaluate on")
     findings: list[Finding] = [of_run.run_directory(config)]
@@ -37,8 +37,8 @@ def problems(config: Config, request: Request, accelerator: str | None, evaluate
         if finding.level != "ok":
             line = f"{finding.name}: {finding.found}; {finding.advice}"
             (errors if finding.level == "error" else warnings).append(line)
-    if not errors:
-        errors += _rejected(config, request, accelerator)
+    if nodes is not None and not errors:
+        errors += _rejected(config, request, nodes, accelerator)
     return errors, warnings
 
 
@@ -63,12 +63,19 @@ def refuse_secrets(texts: Iterable[str], environment: Mapping[str, str] | None =
                     raise BadInput(f"the value of {name} would stand in the job's files: take it out of the config")
 
 
-def _uneven(config: Config, request: Request) -> str | None:
+def _fitting_nodes(config: Config, request: Request) -> int | None:
+    """The most nodes that the job may run on of which the batch divides by the ranks."""
+    batch, micro = config.data.global_batch, config.data.micro_batch
+    for nodes in range(request.nodes, (request.min_nodes or request.nodes) - 1, -1):
+        world = nodes * request.processes_per_node
+        if batch % world == 0 and (batch // world) % (micro or 1) == 0:
+            return nodes
+    return None
+
+
+def _uneven(config: Config, request: Request) -> str:
     batch, micro = config.data.global_batch, config.data.micro_batch
     lowest = request.min_nodes or request.nodes
-    worlds = [nodes * request.processes_per_node for nodes in range(lowest, request.nodes + 1)]
-    if any(batch % world == 0 and (batch // world) % (micro or 1) == 0 for world in worlds):
-        return None
     if lowest != request.nodes:
         ranks = f"{lowest} to {request.nodes} nodes with {request.processes_per_node} ranks each"
     else:
@@ -76,11 +83,13 @@ def _uneven(config: Config, request: Request) -> str | None:
     return f"data.global_batch {batch}" + (f" and data.micro_batch {micro}" if micro else "") + f" do not fit {ranks}"
 
 
-def _rejected(config: Config, request: Request, accelerator: str | None) -> list[str]:
-    if importlib.util.find_spec("launch.plan") is None:
-        return []
-    reject = importlib.import_module("launch.plan").reject
-    return list(reject(config, request.world, accelerator, request.seconds))
+def _rejected(config: Config, request: Request, nodes: int, accelerator: str | None) -> list[str]:
+    """What `triptych plan` has against it."""
+    slurm = config.slurm.model_copy(
+        update={"signal_seconds": request.signal_seconds, "max_requeues": request.max_requeues}
+    )
+    asked = config.model_copy(update={"slurm": slurm})
+    return reject(asked, nodes * request.processes_per_node, accelerator, request.seconds, nodes)
 
 
 def check_output_path(run_dir: str) -> None:

@@ -21,10 +21,10 @@ from pretrain.slurm_config import (
     SlurmConfig,
     TimeLimit,
     seconds_of,
+    signal_seconds,
 )
 
 MAX_REQUEUES = 100
-SIGNAL_SECONDS = 180
 _DEPENDENCY = re.compile(r"(?:after|afterany|afterok|afternotok|aftercorr)(?::\d+(?:\+\d+)?)+|singleton")
 
 
@@ -119,12 +119,12 @@ def merge(asked: Asked, config: SlurmConfig, site: Site) -> Request:
     gpus = first("gpus_per_node") or 0
     if asked.nproc is not None and gpus:
         raise BadInput(f"--nproc {asked.nproc}: with GPUs there is one process for each of the {gpus} of a node")
-    signal_seconds = first("signal_seconds")
-    if signal_seconds is None:
-        signal_seconds = max(10, min(SIGNAL_SECONDS, int(seconds_of(time) / 4)))
-    elif signal_seconds >= seconds_of(time):
+    notice = first("signal_seconds")
+    if notice is None:
+        notice = signal_seconds(seconds_of(time))
+    elif notice >= seconds_of(time):
         raise BadInput(
-            f"a job of {time} (slurm.time) would be told to save {signal_seconds} s before its end "
+            f"a job of {time} (slurm.time) would be told to save {notice} s before its end "
             "(slurm.signal_seconds), which is before it starts: give it more time"
         )
     requeues = first("max_requeues")
@@ -141,7 +141,7 @@ def merge(asked: Asked, config: SlurmConfig, site: Site) -> Request:
         processes_per_node=asked.nproc or gpus or site.processes_per_node or 1,
         cpus_per_task=first("cpus_per_task"),
         mem=first("mem"),
-        signal_seconds=signal_seconds,
+        signal_seconds=notice,
         max_requeues=MAX_REQUEUES if requeues is None else requeues,
         dependency=asked.dependency,
     )

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.plan import reject
 from launch.plan.accelerators import ACCELERATORS
+from launch.plan.cost import jobs
 from launch.plan.planning import Plan, plan_run
 from launch.plan.verdict import divides, judge
 from pretrain.config import Config, load_config
@@ -72,18 +73,27 @@ def test_what_does_not_fit_is_refused_with_what_does(config: Config, planned: Pl
     (line,) = plan.problems
     assert "use data.micro_batch" in line
     size = int(line.split("use data.micro_batch ")[1].split()[0])
-    assert 1 <= size < 4
+    assert 1 <= size < 4 and 4 % size == 0
+    data = config.data.model_copy(update={"micro_batch": size})
+    assert plan_run(config.model_copy(update={"data": data}), 2, small).problems == []
     none = plan_run(config, 2, replace(small, memory_bytes=1e9)).problems
     assert len(none) == 1 and "more memory" in none[0]
 
 
 def test_a_short_time_limit_is_refused_with_one_that_is_long_enough(config: Config) -> None:
-    (line,) = reject(config, 2, "cpu", 30.0)
-    assert "shorter than start-up" in line
+    (line,) = reject(config, 2, "cpu", 15.0)
+    assert "leaves no time for a step" in line
     enough = float(line.split("at least ")[1].split()[0]) * 60
     assert reject(config, 2, "cpu", enough) == []
-    (line,) = reject(config, 2, "cpu", 120.0)
-    assert "leaves no step" in line
+
+
+def test_more_requeues_than_are_allowed_are_a_warning(config: Config, planned: Plan) -> None:
+    many = jobs(100_000.0, 600.0, 60.0, 150.0)
+    assert many is not None and many.requeues == 256
+    problems, warnings = judge(config, replace(planned, time_limit_seconds=600.0, margin_seconds=150.0, jobs=many))
+    assert problems == [] and any("requeued 256 times" in line for line in warnings)
+    _, warnings = judge(config, replace(planned, time_limit_seconds=70.0, margin_seconds=17.0, jobs=None))
+    assert any("no time left to train in" in line for line in warnings)
 
 
 def test_workers_that_cannot_keep_up_are_refused(config: Config, planned: Plan) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from data_pipelines.errors import BadInput
 from launch.node import main as node_main
@@ -79,6 +80,20 @@ def test_what_cannot_work_is_refused(
     monkeypatch.setattr(queue, "check_client", lambda: None)
     with pytest.raises(BadInput, match=says):
         submit_command(Path("c.yaml"), **options)
+    assert not (folder / "runs").exists()
+
+
+def test_what_plan_rejects_is_refused_and_a_dry_run_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Nothing but memory is wrong: a hundred megabytes and more of activations for each of 1,024 samples.
+    (folder / "site.yaml").write_text("accelerator: a100-40g\ngpus_per_node: 1\n")
+    options: dict[str, Any] = {"site": Path("site.yaml"), "set": ["model.preset=base", "data.global_batch=1024"]}
+    with pytest.raises(typer.Exit) as ended:
+        submit_command(Path("c.yaml"), dry_run=True, **options)
+    said = capsys.readouterr()
+    assert ended.value.exit_code == 2
+    assert said.out.startswith("#!/bin/bash\n") and "nothing is submitted" not in said.err
+    (line,) = [line for line in said.err.splitlines() if line.startswith("would be refused: ")]
+    assert "a rank takes" in line and "40.0 GB of a100-40g" in line and "use data.micro_batch " in line
     assert not (folder / "runs").exists()
 
 
