@@ -34,7 +34,7 @@ def survive(folder: Path, stage: int, names: tuple[str, ...], seed: int) -> None
         "checkpoint": {"every_steps": EVERY_STEPS, "keep_last": 3},
     }
     golden = Running(recipe(folder, "golden", stage, **common))
-    assert golden.end() == 0, golden.said
+    assert golden.end(900) == 0, golden.said
     config = recipe(folder, "hit", stage, **common)
     expected_now = ""
     for fault in faults:
@@ -43,7 +43,7 @@ def survive(folder: Path, stage: int, names: tuple[str, ...], seed: int) -> None
         print(f"{fault.name}: rank {rank}, after step {step}, ZeRO-{stage}, seed {seed}", flush=True)
         expected_now = _hit(run, fault, rank, step, draw, expected_now)
     last = Running(config)
-    assert last.end() == 0, last.said
+    assert last.end(900) == 0, last.said
     assert re.search(expected_now, last.said), last.said
     assert compare_runs(golden.run_dir, last.run_dir) == []
 
