@@ -65,7 +65,7 @@ def test_it_fills_the_screen_and_no_more(run: Path, width: int, height: int) -> 
 
 
 def test_what_is_on_it(run: Path) -> None:
-    text = "\n".join(shown(Dashboard().render(under_way(run), 132, 50), 132, 50))
+    text = "\n".join(shown(Dashboard().render(under_way(run), 200, 50), 200, 50))
     for word in ("losses, over 300 steps, log scale", "data wait", "30%", "GiB, rank 0", "1.00e-4"):
         assert word in text, word
     for word in (
