@@ -28,7 +28,20 @@ from launch.status.metrics import Record, number, values
 from launch.status.run_files import ALIVE, RankBeat, span
 from launch.status.snapshot import Looker, Snapshot
 from launch.status.spark import column_means
-from launch.status.tables import COLOURS, PARTS, Curve, badge, bar, details, ending, facts, for_the_eye, rate, steps
+from launch.status.tables import (
+    COLOURS,
+    PARTS,
+    Curve,
+    badge,
+    bar,
+    details,
+    ending,
+    facts,
+    for_the_eye,
+    place,
+    rate,
+    steps,
+)
 
 _WIDE = 96
 # About as many as a curve is wide: what its ends are called depends little on it.
@@ -91,9 +104,7 @@ class Dashboard:
         told.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         told.add_column(no_wrap=True, justify="right")
         told.add_row(Text.assemble(badge(snapshot), f"  {why}"), Text("" if epoch is None else f"epoch {epoch:.2f}"))
-        title = Text.assemble(
-            (printable(snapshot.run.name), "bold"), f"  {printable(os.path.relpath(snapshot.run.path))}"
-        )
+        title = Text.assemble((printable(snapshot.run.name), "bold"), f"  {printable(place(snapshot))}")
         return Panel(
             Group(told, line),
             title=title,

@@ -76,6 +76,12 @@ def badge(snapshot: Snapshot) -> Text:
     return Text(snapshot.state.word, style=f"bold {COLOURS[snapshot.state.word]}")
 
 
+def place(snapshot: Snapshot) -> str:
+    """The run directory as one would type it here."""
+    short = os.path.relpath(snapshot.run.path)
+    return os.path.abspath(snapshot.run.path) if short.startswith(os.pardir) else short
+
+
 def steps(snapshot: Snapshot) -> str:
     """`412 of 900`."""
     progress = snapshot.progress
@@ -160,7 +166,7 @@ def details(snapshot: Snapshot, width: int) -> RenderableType:
     head.add_column(style="bold", min_width=10)
     head.add_column(overflow="fold")
     told = Text.assemble(badge(snapshot), Text(printable(f"  {snapshot.state.why}" if snapshot.state.why else "")))
-    head.add_row("run", _text(f"{snapshot.run.name}, {os.path.relpath(snapshot.run.path)}"))
+    head.add_row("run", _text(f"{snapshot.run.name}, {place(snapshot)}"))
     head.add_row("state", told)
     if progress.max_steps and progress.step:
         line = Table.grid(padding=(0, 2))
@@ -195,7 +201,7 @@ def overview(snapshots: Sequence[Snapshot]) -> RenderableType:
         progress, save = each.progress, each.last_checkpoint
         loss = number((each.metrics.last or {}).get("loss"))
         table.add_row(
-            _text(os.path.relpath(each.run.path)),
+            _text(place(each)),
             badge(each),
             f"{progress.step:,}",
             "" if progress.share is None else f"{progress.share:.0%}",
