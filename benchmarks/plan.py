@@ -26,9 +26,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 WORLD_SIZE = 2
 TIMEOUT_SECONDS = 3600
+LEAST_FREE_BYTES = 1.5e9
+"""Before the kernel ends somebody else's process, ours are ended."""
 MEMORY_TARGET, FLOPS_TARGET = 0.10, 0.03
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"config": "configs/digits.yaml", "micro_batches": (16, 64), "set": []},
@@ -192,9 +196,14 @@ def measure(preset: str, stage: int, folder: Path) -> list[dict[str, Any]]:
             command = [sys.executable, __file__, "--rank-of", preset, str(stage), "--dir", str(folder)]
             out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
             ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, text=True))
-        text, _ = ranks[0].communicate(timeout=TIMEOUT_SECONDS)
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while all(rank.poll() is None for rank in ranks):
+            if time.monotonic() > deadline or psutil.virtual_memory().available < LEAST_FREE_BYTES:
+                raise SystemExit(f"{preset}, ZeRO {stage}: ended, for lack of time or of memory on this machine")
+            time.sleep(0.5)
+        text, _ = ranks[0].communicate(timeout=60)
         if not text.strip():
-            raise SystemExit(f"{preset}, ZeRO {stage}: rank 0 ended with status {ranks[0].returncode}")
+            raise SystemExit(f"{preset}, ZeRO {stage}: ranks ended with {[rank.poll() for rank in ranks]}")
         everyone = json.loads(text.strip().splitlines()[-1])
         merged = []
         for of_size in zip(*everyone, strict=True):
@@ -282,8 +291,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="plan-") as temporary:
         folder = options.dir or Path(temporary)
         # Not by a rank: what building has to import would count as its memory.
-        build = [sys.executable, "-m", "launch", "data", "build", "digits", str(folder / "digits"), "--split", "train"]
-        subprocess.run(build, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+        build = [sys.executable, "-m", "launch", "data", "build", "digits", "--out", str(folder / "digits")]
+        subprocess.run([*build, "--split", "train"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
         for preset in options.presets:
             sizes = PRESETS[preset]["micro_batches"]
             for stage in options.stages:

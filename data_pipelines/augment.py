@@ -135,8 +135,9 @@ def augmented_samples(num_samples: int, rate: int, config: AugmentConfig, random
     """Length of what `augment_audio` makes of so many samples, to one or two, without the sound."""
     draws = 2 * random.random(5 + _EQUALIZER_POINTS) - 1
     speed, _, _, shift, _ = draws[:5].tolist()
-    silence = round((shift + 1) / 2 * config.audio_shift_seconds * rate)
-    return max(1, round(num_samples / max(0.1, 1 + speed * config.audio_speed))) + silence
+    silence: int = round((shift + 1) / 2 * config.audio_shift_seconds * rate)
+    changed: int = round(num_samples / max(0.1, 1 + speed * config.audio_speed))
+    return max(1, changed) + silence
 
 
 def _change_speed(wave: Wave, rate: int, factor: float) -> Wave:

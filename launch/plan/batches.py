@@ -183,17 +183,18 @@ def micro_batches(sizes: Sizes, size: int, config: DataConfig) -> Iterator[tuple
         for place, (columns, rows) in enumerate(grids[start : start + size]):
             position[place, : columns * rows] = patch_positions(columns, rows)
         tokens = max(1, int(part.text_tokens.max()))
-        batch = {
+        audio_length = torch.from_numpy(part.audio_samples.copy())
+        batch: dict[str, Any] = {
             "keys": [""] * len(part.seed),
             "seed": torch.from_numpy(part.seed.copy()),
             "weight": torch.ones(len(part.seed)),
             "image_position": torch.from_numpy(position),
-            "audio_length": torch.from_numpy(part.audio_samples.copy()),
+            "audio_length": audio_length,
             # No special token: what is counted is how many there are.
             "text": torch.full((len(part.seed), tokens), len(SPECIAL_TOKENS), dtype=torch.int64),
             "text_length": torch.from_numpy(part.text_tokens.copy()),
         }
-        frames = int(num_frames(batch["audio_length"], config.audio).max())
+        frames = int(num_frames(audio_length, config.audio).max())
         yield batch, max(1, math.ceil(frames / FRAME_MULTIPLE)) * FRAME_MULTIPLE
 
 
@@ -262,7 +263,8 @@ def _audio_samples(costs: Costs, seeds: IntArray, config: DataConfig) -> IntArra
         for place in np.flatnonzero(found).tolist():
             random = augment.generator(int(seeds[place]), augment.AUDIO_STREAM)
             found[place] = augment.augmented_samples(int(found[place]), rate, config.augment, random)
-    return np.minimum(found, max_samples(config.audio)).astype(np.int64)
+    cut: IntArray = np.minimum(found, max_samples(config.audio)).astype(np.int64)
+    return cut
 
 
 def _grid(width: int, height: int, config: DataConfig) -> tuple[int, int]:
