@@ -6,6 +6,7 @@ the plan says, and with a log that tells what happened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -66,6 +67,15 @@ def status(cluster: Cluster, folder: Path, target: str = "run") -> dict[str, Any
     return dict(json.loads(done.stdout))
 
 
+def ranks_of(job: int) -> list[psutil.Process]:
+    """Processes of a job that train, the launchers above them included."""
+    return [
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if "pretrain.train" in (each.info["cmdline"] or ()) and each.environ().get("SLURM_JOB_ID") == str(job)
+    ]
+
+
 def check_ledger(cluster: Cluster, folder: Path) -> None:
     """Every step consumed what the plan says, each sample once an epoch."""
     done = cluster.triptych("ledger", "run", "--verify", cwd=folder)
@@ -94,11 +104,7 @@ def test_a_run_saves_before_its_time_limit_and_goes_on(
     assert (found["state"], found["job"], found["nodes"]) == ("training", str(job), "node[1-2]"), found
     assert found["step"] >= 3 and found["jobs"][0]["seconds_left"] > 0
     # No environment of a process of the job has it either.
-    ranks = [
-        each
-        for each in psutil.process_iter(["cmdline"])
-        if "pretrain.train" in (each.info["cmdline"] or ()) and each.environ().get("SLURM_JOB_ID") == str(job)
-    ]
+    ranks = ranks_of(job)
     assert len({each.environ().get("RANK") for each in ranks} - {None}) == 2
     assert not [each for each in ranks if TOKEN in each.environ().values()]
     again = cluster.triptych("submit", "config.yaml", cwd=tmp_path)
@@ -202,7 +208,16 @@ def preempt(cluster: Cluster, folder: Path, job: int) -> None:
 
 
 def kill_slurmd(cluster: Cluster, folder: Path, job: int) -> None:
-    node_command(cluster, "killd")
+    # They would train on, and could be done before Slurm gives the node up.
+    ranks = ranks_of(job)
+    for rank in ranks:
+        rank.suspend()
+    try:
+        node_command(cluster, "killd")
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.resume()
 
 
 def crash(cluster: Cluster, folder: Path, job: int) -> None:
