@@ -129,7 +129,7 @@ def terminal(folder: Path, run: Path) -> Iterator[Screen | None]:
 
     def command(*words: str) -> str:
         done = subprocess.run(
-            [tmux, "-f", "/dev/null", "-S", str(socket), *words], capture_output=True, text=True, timeout=20
+            [tmux, "-f", "/dev/null", "-S", str(socket), *words], capture_output=True, text=True, timeout=120
         )
         return done.stdout
 
@@ -161,7 +161,7 @@ def following(run: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def status(run: Path | None, below: Path = ROOT) -> Any:
     words = [*COMMAND, "status", *([str(run)] if run else []), "--json"]
-    done = subprocess.run(words, cwd=below, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=below, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -287,7 +287,7 @@ def test_the_tables_for_people(story: Story) -> None:
     for word in ("stopped", "watched <b>run</b>", "of 100,000", "checkpoint", "restarts", "incidents", "SIGKILL"):
         assert word in shown, word
     table = subprocess.run(
-        [*COMMAND, "status"], cwd=story.run.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        [*COMMAND, "status"], cwd=story.run.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     ).stdout
     assert re.search(r"watched +stopped +\d+ +0%", table)
     watch = triptych("status", str(story.run), "--watch")
@@ -298,7 +298,7 @@ def test_the_tables_for_people(story: Story) -> None:
 
 @pytest.fixture(scope="module")
 def page(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    done = triptych("report", str(story.run), seconds=150)
+    done = triptych("report", str(story.run), seconds=300)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == story.run / "report.html"
     with started_browser(tmp_path_factory.mktemp("chromium")) as browser:
