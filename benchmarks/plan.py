@@ -36,6 +36,18 @@ LEAST_FREE_BYTES = 1.5e9
 MEMORY_TARGET, FLOPS_TARGET = 0.10, 0.03
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"config": "configs/digits.yaml", "micro_batches": (16, 64), "set": []},
+    # The widths of base with a quarter of its layers: where there is neither time nor memory for base.
+    "quarter": {
+        "config": "configs/base.yaml",
+        "micro_batches": (1, 4),
+        "set": [
+            "engine.precision=fp32",
+            "data.image.size=192",
+            "model.text.num_hidden_layers=4",
+            "model.vision.num_hidden_layers=3",
+            "model.audio.num_hidden_layers=3",
+        ],
+    },
     "base": {
         "config": "configs/base.yaml",
         "micro_batches": (1, 4),
