@@ -133,7 +133,9 @@ def _facts(config: Config, plan: Plan) -> Table:
     device = plan.accelerator
     kind = "GPUs" if device.is_gpu else "processes"
     parts = ", ".join(f"{part} {count(number)}" for part, number in plan.parameters.by_part.items())
-    table.add_row("model", f"{config.model.init_from or config.model.preset}: {count(plan.parameters.total)} parameters ({parts})")
+    table.add_row(
+        "model", f"{config.model.init_from or config.model.preset}: {count(plan.parameters.total)} parameters ({parts})"
+    )
     table.add_row(
         "ranks",
         f"{plan.world_size} {kind} ({device.name}) on {plan.num_nodes} node(s), ZeRO {config.engine.zero_stage}, "
