@@ -133,7 +133,9 @@ def _facts(config: Config, plan: Plan) -> Table:
     device = plan.accelerator
     kind = "GPUs" if device.is_gpu else "processes"
     parts = ", ".join(f"{part} {count(number)}" for part, number in plan.parameters.by_part.items())
-    table.add_row("model", f"{config.model.preset}: {count(plan.parameters.total)} parameters ({parts})")
+    table.add_row(
+        "model", f"{config.model.init_from or config.model.preset}: {count(plan.parameters.total)} parameters ({parts})"
+    )
     table.add_row(
         "ranks",
         f"{plan.world_size} {kind} ({device.name}) on {plan.num_nodes} node(s), ZeRO {config.engine.zero_stage}, "
@@ -254,9 +256,9 @@ def _text_colour(part: str) -> str:
 
 def _verdict(console: Console, plan: Plan) -> None:
     for warning in plan.warnings:
-        console.print(Text.assemble(("warning ", "yellow"), warning))
+        console.print(Text.assemble(("warning ", "yellow"), warning), soft_wrap=True)
     for problem in plan.problems:
-        console.print(Text.assemble(("cannot work ", "bold red"), problem))
+        console.print(Text.assemble(("cannot work ", "bold red"), problem), soft_wrap=True)
     if not plan.problems:
         console.print(Text("can work", style="green"))
 
