@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,7 +146,7 @@ def submit_command(
         return
     for job in jobs:
         say(f"submitted: {job.kind} job {job.number}, {job.script}")
-    say(f"look at it: squeue --jobs {','.join(str(job.number) for job in jobs)}; logs below {chain.run_dir / 'logs'}")
+    say(f"look at it: triptych status {shlex.quote(str(chain.run_dir))} --watch; logs below {chain.run_dir / 'logs'}")
     if as_json:
         print_json(
             {
