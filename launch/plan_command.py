@@ -192,9 +192,9 @@ def _facts(config: Config, plan: Plan) -> Table:
 
 _COLUMNS = {
     "weights": ("weights", "gathered weights"),
-    "gradients": ("gradients",),
-    "optimizer": ("fp32 weights", "moments"),
-    "activations": ("activations",),
+    "grads": ("gradients",),
+    "optim.": ("fp32 weights", "moments"),
+    "activ.": ("activations",),
     "logits": ("logits",),
     "contrast": ("contrastive gather",),
     "buckets": ("buckets",),
@@ -205,8 +205,8 @@ _COLUMNS = {
 
 def _memory_table(plan: Plan) -> Table:
     title = "memory of a rank at its fullest moment"
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
-    table.add_column("")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
     for name in (*_COLUMNS, "total", "host", "at most"):
         table.add_column(name, justify="right")
     for option in plan.options:
@@ -217,7 +217,10 @@ def _memory_table(plan: Plan) -> Table:
         largest = f"{option.largest_micro_batch:,}" if option.largest_micro_batch else "none"
         own = option is plan.options[0]
         table.add_row(_name(option), *sizes, total, host, largest, style="bold" if own else "")
-    table.caption = "at most: about the largest micro-batch that fits. The first line is the config's own."
+    table.caption = (
+        "The first line is the config's own. at most: about the largest micro-batch that fits. recomputed: with\n"
+        "gradient checkpointing. offload: of the optimizer; all: of the weights too."
+    )
     table.caption_justify = "left"
     return table
 

@@ -80,10 +80,8 @@ class Layout:
     @property
     def name(self) -> str:
         """For tables."""
-        offload = "+".join(
-            word for word, on in (("optimizer", self.offload_optimizer), ("weights", self.offload_parameters)) if on
-        )
-        return f"ZeRO {self.zero_stage}" + (f", offload {offload}" if offload else "")
+        offload = ", offload all" if self.offload_parameters else ", offload" if self.offload_optimizer else ""
+        return f"ZeRO {self.zero_stage}{offload}"
 
     def others(self) -> list[Layout]:
         """Every stage, and offloads where there is a device to offload from."""

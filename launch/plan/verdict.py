@@ -58,10 +58,12 @@ def divides(config: Config, world: int) -> str | None:
     except BadInput as refused:
         batch = config.data.global_batch
         if batch % world:
-            near = [other for other in range(1, batch + 1) if batch % other == 0]
+            micro = config.data.micro_batch or 1
+            near = [other for other in range(1, batch + 1) if batch % (other * micro) == 0]
             fitting = sorted(near, key=lambda other: abs(other - world))[:2]
-            numbers = " or ".join(map(str, sorted(fitting)))
-            return f"{refused}: use {numbers} ranks, or data.global_batch {round(batch / world) * world or world}"
+            ranks = f"{' or '.join(map(str, sorted(fitting)))} ranks, or " if fitting else ""
+            even = max(1, round(batch / (world * micro))) * world * micro
+            return f"{refused}: use {ranks}data.global_batch {even}"
         share = batch // world
         fitting = [other for other in range(1, share + 1) if share % other == 0]
         below = max(other for other in fitting if other <= (config.data.micro_batch or share))

@@ -58,6 +58,8 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_with_ones_that_do(con
     odd = config.model_copy(update={"data": config.data.model_copy(update={"global_batch": 12, "micro_batch": 4})})
     assert divides(odd, 2) is not None and "data.micro_batch 3" in str(divides(odd, 2))
     assert divides(odd, 3) is None
+    assert "use 1 or 3 ranks, or data.global_batch 20" in str(divides(odd, 5))
+    assert all(divides(odd, ranks) is None for ranks in (1, 3))
 
 
 def test_absent_data_are_refused(config: Config, tmp_path: Path) -> None:
