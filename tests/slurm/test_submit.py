@@ -30,6 +30,9 @@ OPTIONS = ("--cpus-per-task", "1", "--mem", "3000", "--time", "30")
 
 @pytest.fixture(autouse=True)
 def _nodes_are_up_and_free(cluster: Cluster) -> Iterator[None]:
+    # A node that was killed by the test before may not have come back yet.
+    states = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T")
+    until(lambda: cluster.run(*states, cwd=Path("/")).stdout.split() == ["idle", "idle"], "two idle nodes", 120)
     yield
     cluster.run("scancel", "--me", cwd=Path("/"))
     subprocess.run(["bash", str(SCRIPT), "up"], capture_output=True, env=cluster.environment, timeout=120, check=True)
