@@ -47,6 +47,8 @@ def stop_command(target: str, wait: bool = True, now: bool = False, as_json: boo
     snapshot = looker.look()
     asked = _end_at_once(snapshot) if now else _ask(snapshot)
     say(f"triptych: {asked}")
+    if snapshot.state.word == "stalled" and not now:
+        say("triptych: it has stalled, and may not hear that: --now ends it at once, without a checkpoint")
     if wait:
         snapshot = _wait(looker)
     words = snapshot.state.word

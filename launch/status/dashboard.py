@@ -98,7 +98,7 @@ class Dashboard:
         line.add_row(
             Text(f"step {steps(snapshot)}"), bar(snapshot), Text("" if share is None else f"{share:.1%}", style="bold")
         )
-        why = printable(snapshot.state.why or ending(snapshot) or "")
+        why = printable("; ".join(filter(None, (snapshot.state.why, ending(snapshot)))))
         epoch = number((snapshot.metrics.last or {}).get("epoch"))
         told = Table.grid(expand=True, padding=(0, 1))
         told.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
