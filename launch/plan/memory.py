@@ -279,7 +279,9 @@ def _heap(layout: Layout, parameters: Parameters, passed: Pass) -> dict[str, flo
     piles = 4 if _piles_in_heap(layout) else 0
     fullest = HEAP_SLACK * max(live + piles * done for done, live in passed.heap_moments)
     gradients = min(float(piles * parameters.total), fullest)
-    gathered = HEAP_SLACK * _gathered(layout, parameters)
+    # Once gathered, and once more: so much stays allocated from the start on, for what was not found out.
+    left = 4.0 * parameters.total if layout.zero_stage == 3 else 0.0
+    gathered = HEAP_SLACK * _gathered(layout, parameters) + left
     return {"gradients": gradients, "activations": fullest - gradients, "gathered weights": gathered}
 
 

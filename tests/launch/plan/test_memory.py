@@ -80,7 +80,6 @@ def test_on_a_cpu_the_heap_stays_as_large_as_it_was() -> None:
     assert reduced["activations"] >= HEAP_SLACK * 5_000_000 - 2_000_000
     # Under ZeRO 1 they pile up where the activations go.
     assert on_cpu(1)["gradients"] >= 4 * MILLION
-    assert sum(on_cpu(1).values()) > sum(reduced.values())
 
 
 def test_every_layout_is_named_and_possible() -> None:
