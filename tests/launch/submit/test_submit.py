@@ -92,8 +92,9 @@ def test_what_plan_rejects_is_refused_and_a_dry_run_says_so(folder: Path, capsys
     said = capsys.readouterr()
     assert ended.value.exit_code == 2
     assert said.out.startswith("#!/bin/bash\n") and "nothing is submitted" not in said.err
-    (line,) = [line for line in said.err.splitlines() if line.startswith("would be refused: ")]
-    assert "a rank takes" in line and "40.0 GB of a100-40g" in line and "use data.micro_batch " in line
+    refused = [line for line in said.err.splitlines() if line.startswith("would be refused: ")]
+    found = [line for line in refused if "a rank takes" in line and "of the 40.0 GB of a100-40g" in line]
+    assert len(found) == 1 and "use data.micro_batch " in found[0]
     assert not (folder / "runs").exists()
 
 
