@@ -264,7 +264,7 @@ def test_every_value_stands_in_its_directive(bench: Bench) -> None:
     for line in (
         *("nodes=2-4", "gpus-per-node=h100:8", "cpus-per-task=64", "mem=480G", "partition=a,b", "account=my-lab"),
         *("qos=long", "constraint=a100&ib", "time=1-12:00:00", "job-name=big.run", "exclusive", "switches=1@2:00:00"),
-        *("signal=B:USR1@180", "requeue", "open-mode=append", "output=runs/x/logs/slurm-%j.log", "ntasks-per-node=1"),
+        *("signal=B:USR1@180", "requeue", "open-mode=append", "output=runs/x/logs/slurm-%j.log"),
     ):
         assert found.count(line) == 1, (line, found)
     (export,) = [line for line in found if line.startswith("export=")]
