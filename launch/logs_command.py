@@ -163,7 +163,7 @@ def _rank_logs(path: Path) -> dict[int, Path]:
 def _job_logs(run: RunFiles, job: str) -> list[Log]:
     """Of a job, or of each task of an array: where `triptych submit` has them, or where Slurm says."""
     folder = run.path / "logs"
-    alone = sorted(folder.glob(f"*-{job}.log"))[:1]
+    alone = [path for path in sorted(folder.glob(f"*-{job}.log")) if not _RANK_LOG.fullmatch(path.name)][:1]
     if alone:
         return [Log("", alone[0])]
     tasks = {int(match[1]): file for file in folder.glob(f"*-{job}_*.log") if (match := _TASK_LOG.search(file.name))}

@@ -16,8 +16,6 @@ from pretrain.config import Config
 from pretrain.engine import accumulation_steps
 
 _QUICKEST_START_SECONDS = 10.0
-_SLOW_SHARE = 0.5
-"""Loader workers that reach less than this share of the planned speed are refused; the speed itself is an estimate."""
 
 
 def reject(
@@ -89,7 +87,7 @@ def judge(config: Config, plan: Plan) -> tuple[list[str], list[str]]:
         warnings.append(many)
     slow = _decoding(config, plan)
     if slow is not None:
-        (problems if slow[0] else warnings).append(slow[1])
+        warnings.append(slow)
     if plan.data is None:
         warnings.append("the datasets are still to be built: every sample is taken to be as large as the config allows")
     if plan.data is not None and plan.data.samples < config.data.global_batch:
@@ -207,14 +205,12 @@ def _hang(config: Config, plan: Plan) -> str | None:
     )
 
 
-def _decoding(config: Config, plan: Plan) -> tuple[bool, str] | None:
-    """Whether the loader's workers are far too few, and the line to say."""
+def _decoding(config: Config, plan: Plan) -> str | None:
+    """What to say of too few loader workers: the run would work, and wait for data."""
     needed = plan.decode_cores / plan.world_size
-    workers = max(1, config.data.num_workers)
-    if needed <= workers or not plan.accelerator.is_gpu:
+    if needed <= max(1, config.data.num_workers) or not plan.accelerator.is_gpu:
         return None
     return (
-        workers < _SLOW_SHARE * needed,
         f"decoding takes {needed:.1f} cores a rank at {plan.samples_per_second:.0f} samples/s, and data.num_workers is "
-        f"{config.data.num_workers}: use data.num_workers {round_up(needed)}, and as many CPUs a task",
+        f"{config.data.num_workers}: use data.num_workers {round_up(needed)}, and as many CPUs a task"
     )
