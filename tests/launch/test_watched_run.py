@@ -138,7 +138,9 @@ def terminal(folder: Path, run: Path) -> Iterator[Screen | None]:
     words = [*COMMAND, "status", str(run), "--watch", "--every", "0.5"]
     script = folder / "watch.sh"
     quoted = " ".join(f"'{word}'" for word in words)
-    script.write_text(f"export PYTHONPATH='{ROOT}' OMP_NUM_THREADS=1\n{quoted}\necho left with $?\nexec cat\n")
+    # readline, which pytest loads, puts a size into the environment that is not that of the terminal.
+    environment = f"unset COLUMNS LINES\nexport PYTHONPATH='{ROOT}' OMP_NUM_THREADS=1"
+    script.write_text(f"{environment}\n{quoted}\necho left with $?\nexec cat\n")
     try:
         command("new-session", "-d", "-x", str(WIDTH), "-y", str(HEIGHT), f"bash '{script}'")
         yield command
