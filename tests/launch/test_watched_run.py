@@ -183,8 +183,10 @@ def wait_for_screen(screen: Screen | None, *wanted: str | Callable[[str], bool],
 
 def is_whole(text: str, width: int) -> bool:
     """Whether the dashboard fills a terminal of this width, from its first to its last line."""
-    lines = text.splitlines()
-    return len(lines) == HEIGHT and len(lines[0]) == len(lines[-1]) == width and lines[0][0] + lines[-1][0] == "╭╰"
+    lines = text.splitlines() or [""]
+    corners = "".join(line[:1] + line[-1:] for line in (lines[0], lines[-1]))
+    # A terminal that has just been made narrower shows the left part of what was there.
+    return len(lines) == HEIGHT and len(lines[0]) == len(lines[-1]) == width and corners == "╭╮╰╯"
 
 
 def steps_on(text: str) -> int:
