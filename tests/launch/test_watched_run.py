@@ -93,7 +93,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             if screen is not None:
                 wait_for_screen(screen, "stopped")
                 screen("send-keys", "q")
-                left = wait_for_screen(screen, r"state +stopped")
+                left = wait_for_screen(screen, r"state +stopped", "left with")
         yield Story(
             run.run_dir,
             config,
