@@ -70,8 +70,11 @@ def test_commands_and_options_in_the_docs_exist(page: Path) -> None:
     lines = [line for code in blocks(page, "") for line in code.splitlines()]
     lines += [quoted for quoted in re.findall(r"`([^`\n]+)`", text) if quoted.startswith("triptych ")]
     for line in lines:
-        words = shlex.split(line.removeprefix(".venv/bin/"), comments=True)
-        if not words or words[0] != "triptych" or "|" in line or "..." in words:
+        line = line.removeprefix("$ ").removeprefix(".venv/bin/")
+        if not line.startswith("triptych ") or "|" in line:
+            continue
+        words = shlex.split(line, comments=True)
+        if "..." in words:
             continue
         command = words[1:3] if words[1] == "data" and len(words) > 2 else words[1:2]
         if command and command[0] in PLANNED:
