@@ -57,7 +57,7 @@ def clear_padding(optimizer: Any) -> None:
     for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         offset = 0
         for parameter in group:
-            size, numel = parameter.partition_numel(), _numel_here(optimizer, parameter)
+            size, (_, numel) = parameter.partition_numel(), _share(optimizer, parameter)
             if numel < size:
                 for part, start in ((parameter.ds_tensor.data.view(-1), 0), (flat.data, offset)):
                     # Nothing is in memory of what is offloaded to a disk.
@@ -103,8 +103,7 @@ def _fill_stage3(optimizer: Any, names: dict[Any, str], read: Read, steps: dict[
         offset = 0
         for parameter in group:
             name, size = names[parameter], parameter.partition_numel()
-            start = optimizer._get_param_partition_rank(parameter) * size
-            numel = _numel_here(optimizer, parameter)
+            start, numel = _share(optimizer, parameter)
             if numel:
                 _part(flat, offset, read(name, "fp32"), start, numel)
                 if steps[name] is not None:
@@ -122,11 +121,11 @@ def _fill_stage3(optimizer: Any, names: dict[Any, str], read: Read, steps: dict[
     optimizer.checkpoint_event_epilogue()
 
 
-def _numel_here(optimizer: Any, parameter: Any) -> int:
-    """How many elements of a ZeRO 3 parameter this rank's part holds, without what pads it."""
+def _share(optimizer: Any, parameter: Any) -> tuple[int, int]:
+    """Where this rank's part of a ZeRO 3 parameter begins in it, and its elements, without what pads it."""
     size = parameter.partition_numel()
     start = optimizer._get_param_partition_rank(parameter) * size
-    return int(max(0, min(size, parameter.ds_numel - start)))
+    return start, max(0, min(size, parameter.ds_numel - start))
 
 
 def _fill_torch(
