@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -79,6 +80,27 @@ def ranks_of(job: int) -> list[psutil.Process]:
     ]
 
 
+@contextlib.contextmanager
+def paused(job: int) -> Iterator[list[psutil.Process]]:
+    """Ranks of a job, standing still: the small run would be over before Slurm, or we, have looked at it."""
+    ranks = ranks_of(job)
+    for rank in ranks:
+        rank.suspend()
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.resume()
+
+
+def warned(process: psutil.Process) -> bool:
+    """Whether SIGUSR1 waits for a process that stands still."""
+    text = Path(f"/proc/{process.pid}/status").read_text()
+    pending = next(line.split()[1] for line in text.splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(pending, 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
 def check_ledger(cluster: Cluster, folder: Path) -> None:
     """Every step consumed what the plan says, each sample once an epoch."""
     done = cluster.triptych("ledger", "run", "--verify", cwd=folder)
@@ -102,22 +124,23 @@ def test_a_run_saves_before_its_time_limit_and_goes_on(
     whole_run(tmp_path)
     (job,) = submit(cluster, tmp_path, "--nodes", "2")
     until(lambda: steps_done(tmp_path) >= 3, "the third step")
-    check_no_secret(cluster, tmp_path, job)
-    found = status(cluster, tmp_path, str(job))
-    assert (found["state"], found["job"], found["nodes"]) == ("training", str(job), "node[1-2]"), found
-    assert found["step"] >= 3 and found["jobs"][0]["seconds_left"] > 0
-    # No environment of a process of the job has it either.
-    ranks = ranks_of(job)
-    assert len({each.environ().get("RANK") for each in ranks} - {None}) == 2
-    assert not [each for each in ranks if TOKEN in each.environ().values()]
-    again = cluster.triptych("submit", "config.yaml", cwd=tmp_path)
-    assert again.returncode == 2 and f"job {job} of this run is running" in again.stderr
-
-    # One to two minutes are left then, less than the 180 s ahead of which it is told.
-    hours, minutes, _ = cluster.job(job)["RunTime"].split(":")
     limit = ("scontrol", "update", f"JobId={job}")
-    soon = f"TimeLimit={60 * int(hours) + int(minutes) + 2}"
-    assert cluster.run(*limit, soon, cwd=tmp_path).returncode == 0
+    with paused(job) as ranks:
+        check_no_secret(cluster, tmp_path, job)
+        found = status(cluster, tmp_path, str(job))
+        assert (found["state"], found["job"], found["nodes"]) == ("training", str(job), "node[1-2]"), found
+        assert found["step"] >= 3 and found["jobs"][0]["seconds_left"] > 0
+        # No environment of a process of the job has it either.
+        assert len({each.environ().get("RANK") for each in ranks} - {None}) == 2
+        assert not [each for each in ranks if TOKEN in each.environ().values()]
+        again = cluster.triptych("submit", "config.yaml", cwd=tmp_path)
+        assert again.returncode == 2 and f"job {job} of this run is running" in again.stderr
+
+        # One to two minutes are left then, less than the 180 s ahead of which it is told.
+        hours, minutes, _ = cluster.job(job)["RunTime"].split(":")
+        soon = f"TimeLimit={60 * int(hours) + int(minutes) + 2}"
+        assert cluster.run(*limit, soon, cwd=tmp_path).returncode == 0
+        until(lambda: any(warned(each) for each in ranks), "Slurm's signal", 120)
     until(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
     found = status(cluster, tmp_path)
     assert found["jobs"][0]["restarts"] == 1 and found["state"] in ("queued", "starting", "training"), found
@@ -211,16 +234,8 @@ def preempt(cluster: Cluster, folder: Path, job: int) -> None:
 
 
 def kill_slurmd(cluster: Cluster, folder: Path, job: int) -> None:
-    # They would train on, and could be done before Slurm gives the node up.
-    ranks = ranks_of(job)
-    for rank in ranks:
-        rank.suspend()
-    try:
+    with paused(job):
         node_command(cluster, "killd")
-    finally:
-        for rank in ranks:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rank.resume()
 
 
 def crash(cluster: Cluster, folder: Path, job: int) -> None:
