@@ -49,7 +49,7 @@ def table(results: dict[str, Any]) -> Group:
     for block in blocks(results):
         shown = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
         for i, name in enumerate(block.header):
-            shown.add_column(name, justify="left" if i == 0 else "right", min_width=26 if i == 0 else None)
+            shown.add_column(name, justify="left" if i == 0 else "right", min_width=15 if i == 0 else None)
         for row in block.rows:
             shown.add_row(*row)
         parts += [Text(), Text(block.title), shown]
