@@ -79,10 +79,10 @@ def _retrieval(results: dict[str, Any]) -> Block:
         rows.append((direction.replace("_to_", " to "), *map(_share, measures), *counts))
     chance = f" (chance {_share(1 / classes)})" if classes else ""
     note = (
-        "R@k: a right answer is among the k nearest, where equal inputs count as one. Class P@1: the nearest is of the "
-        f"query's class{chance}."
+        "R@k: a right answer is among the k nearest, where equal inputs count as one; chance is that of R@1. "
+        f"Class P@1: the nearest is of the query's class{chance}."
     )
-    header = ("query to answer", "R@1", "R@5", "R@10", "class P@1", "chance R@1", "queries", "answers")
+    header = ("query to answer", "R@1", "R@5", "R@10", "class P@1", "chance", "queries", "answers")
     return Block("Retrieval", note, header, rows)
 
 

@@ -151,7 +151,7 @@ def test_what_is_absent_is_null(config, tmp_path):
     console.print(table(results))
     text = console.export_text()
     # Nothing is cut in the narrowest usual terminal.
-    assert "class P@1  chance R@1  queries  answers" in text
+    assert "class P@1  chance  queries  answers" in text
     assert "bare: 4 samples" in text and "nan" not in text and "None" not in text
 
 
